@@ -1,0 +1,112 @@
+"""What the target chooses at each node of a draft tree, and which path of the tree agrees with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .errors import UserError
+from .tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; the other fields mean what they mean in transformers."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative, not {self.temperature}.")
+        if self.top_k < 0:
+            raise UserError(f"top_k must be 0 (off) or a positive count, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be in (0, 1], not {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be in [0, 1], not {self.min_p}.")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty must be positive, not {self.repetition_penalty}.")
+
+    def processors(self) -> LogitsProcessorList:
+        """The processors in the order in which `generate` of transformers applies them."""
+        out = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            out.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature > 0:
+            if self.temperature != 1.0:
+                out.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                out.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1.0:
+                out.append(TopPLogitsWarper(self.top_p))
+            if self.min_p > 0:
+                out.append(MinPLogitsWarper(self.min_p))
+        return out
+
+
+class Chooser:
+    """Draws the target's own next token after the root and after every node of the tree.
+
+    The tree is fixed before the target chooses, so a token drawn at each node from the processed distribution given
+    that node's own prefix makes the emitted text exactly the target's: greedy, or a sample of its distribution.
+    """
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self.sampling = sampling
+        self._processors = sampling.processors()
+        self._generator = None
+        if sampling.temperature > 0:
+            self._generator = torch.Generator(device)
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(sampling.seed)
+
+    def choose(
+        self, logits: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, context: list[int]
+    ) -> torch.Tensor:
+        """logits (1, M+1, V), ancestors (1, M+1, M+1) bool, context: ids up to the root -> chosen tokens (1, M+1)."""
+        if not self._processors and self._generator is None:
+            return logits.argmax(-1)
+        scores = logits[0].float()
+        if self._processors:
+            prefix = torch.tensor(context, device=scores.device)
+            nodes = torch.cat([prefix[-1:], tree.tokens[0]])
+            own = torch.where(ancestors[0], nodes, prefix[-1])  # a repeated token changes nothing in any processor
+            ids = torch.cat([prefix.expand(scores.shape[0], -1), own], dim=1)
+            scores = self._processors(ids, scores)
+        if self._generator is None:
+            return scores.argmax(-1)[None]
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).T
+
+
+def accepted_path(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The longest path from the root on which every node carries the token chosen at its parent.
+
+    chosen (B, M+1) -> path (B, M+1): indices into root + nodes, the root first, filled up with M+1; length (B,): how
+    many of them count, at least 1.
+    """
+    batch, size = chosen.shape
+    agrees = torch.ones_like(chosen, dtype=torch.bool)
+    agrees[:, 1:] = tree.tokens == chosen.gather(1, tree.parents + 1)
+    alive = (agrees[:, None, :] | ~ancestors).all(-1)
+    depth = ancestors.sum(-1)
+    leaf = (depth * alive).argmax(-1)
+    on_path = ancestors[torch.arange(batch, device=chosen.device), leaf]
+    index = torch.arange(size, device=chosen.device)
+    path = torch.where(on_path, index, size).sort(-1).values
+    return path, on_path.sum(-1)

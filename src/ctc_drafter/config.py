@@ -1,0 +1,88 @@
+"""Recipes: YAML files read into dataclasses, with every unknown or ill-typed key named before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def load_recipe(cls: type[T], path: str | Path | None, overrides: dict[str, Any] | None = None) -> T:
+    """Read the YAML file `path` into dataclass `cls`; entries of `overrides` that are not None win.
+
+    Raises UserError for a missing file, broken YAML, an unknown key, a missing key or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise UserError(f"Recipe '{path}' does not exist; recipes/ holds examples.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise UserError(f"Recipe '{path}' cannot be read as YAML: {' '.join(str(error).split())}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"Recipe '{path}' must be a mapping of keys to values.")
+    values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    return from_mapping(cls, values, str(path or "command line"))
+
+
+def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build dataclass `cls` from a mapping, recursing into dataclass fields. `where` names the source in errors."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{key}'; known keys are {', '.join(sorted(fields))}.")
+    built: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in values:
+            built[name] = _convert(values[name], hints[name], f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: key '{name}' is missing.")
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a mapping.")
+        return from_mapping(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in typing.get_args(hint) if a is not type(None)]
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        return _convert(value, options[0], where)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise UserError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}.")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where} must be a list.")
+        return [_convert(v, typing.get_args(hint)[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be a mapping.")
+        return {str(k): _convert(v, typing.get_args(hint)[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}.")
+    return value

@@ -1,0 +1,153 @@
+"""The loop: draft, score, accept, commit. Plain decoding is this loop with an empty tree; there is no other one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .acceptance import Chooser, Sampling, accepted_path
+from .errors import UserError
+from .target import Target
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from .drafters import Drafter
+
+PHASES = ("draft", "tree", "score", "accept", "commit")
+
+
+@dataclass
+class Step:
+    """What one pass of the target produced."""
+
+    tokens: list[int]
+    """New tokens, the last one not from the draft; cut at a stop."""
+    accepted: int
+    """Emitted tokens that the draft had guessed."""
+    drafted: int
+    """Draft nodes scored."""
+    seconds: dict[str, float]
+    """Time by phase: `prefill` for the first step, else those of PHASES."""
+    finish: str | None = None
+    """`stop` or `length` on the last step."""
+
+
+class _Clock:
+    """Seconds between laps; waits for a GPU only when asked to, since waiting costs time itself."""
+
+    def __init__(self, device: torch.device, wait: bool) -> None:
+        self._wait = wait and device.type == "cuda"
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._wait:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[phase] = now - self._last
+        self._last = now
+
+
+@torch.inference_mode()
+def generate(
+    target: Target,
+    drafter: Drafter,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int = 128,
+    budget: int = 16,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    profile: bool = False,
+) -> Iterator[Step]:
+    """Generate tokens after `prompt_ids`, one Step per pass of the target.
+
+    Ends at one of the target's stop ids (emitted), after a `stop` string, after `max_new_tokens`, or at the context's
+    edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter.
+    `profile` waits for the GPU at each phase, so that the times of the phases are true there. Raises UserError for an
+    empty or too long prompt.
+    """
+    if not prompt_ids:
+        raise UserError("The prompt is empty; give at least one token.")
+    room = target.max_context - len(prompt_ids)
+    if room <= 0:
+        raise UserError(
+            f"The prompt has {len(prompt_ids)} tokens and the context of '{target.name}' ends at {target.max_context}; shorten it."
+        )
+    if max_new_tokens < 1 or budget < 0:
+        raise UserError("max_new_tokens must be at least 1 and budget at least 0.")
+    ending = _Ending(target, stop, min(max_new_tokens, room))
+    chooser = Chooser(sampling or Sampling(), target.device)
+    cache = target.new_cache(len(prompt_ids) + ending.limit + budget + 1)
+    target.capture(drafter.feature_layers)
+
+    clock = _Clock(target.device, profile)
+    drafter.start(cache.capacity)
+    logits, features = target.prefill(prompt_ids, cache)
+    empty = DraftTree.empty(1, target.device)
+    root = chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
+    known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=target.device)
+    next_tokens = torch.cat([known, root], 1)
+    tokens = root[0].tolist()
+    clock.lap("prefill")
+    context = list(prompt_ids)
+    emitted, finish = ending.cut(tokens)
+    yield Step(emitted, 0, 0, clock.seconds, finish)
+
+    while finish is None:
+        context += tokens
+        clock = _Clock(target.device, profile)
+        guess = drafter.draft(features, next_tokens)
+        clock.lap("draft")
+        tree = drafter.tree(guess, budget)
+        clock.lap("tree")
+        ancestors = tree.ancestor_mask()
+        logits, scored = target.score(root, tree, ancestors, cache)
+        clock.lap("score")
+        chosen = chooser.choose(logits, tree, ancestors, context)
+        path, length = accepted_path(tree, ancestors, chosen)
+        kept = path[0, : int(length)]
+        next_tokens = chosen[:, kept]
+        tokens = next_tokens[0].tolist()
+        clock.lap("accept")
+        cache.keep(kept.tolist())
+        features = scored[:, kept]
+        root = next_tokens[:, -1:]
+        emitted, finish = ending.cut(tokens)
+        clock.lap("commit")
+        yield Step(emitted, min(len(emitted), len(tokens) - 1), tree.budget, clock.seconds, finish)
+
+
+class _Ending:
+    """Cuts new tokens at a stop id, a stop string, or the token limit, and says which."""
+
+    def __init__(self, target: Target, stop: Sequence[str], limit: int) -> None:
+        self.limit = limit
+        self._target = target
+        self._stop = [s for s in stop if s]
+        self._tokens: list[int] = []
+        # A token holds at least one byte, and a stop string may begin inside an earlier token.
+        self._window = max((len(s.encode()) for s in self._stop), default=0) + 8
+
+    def cut(self, tokens: list[int]) -> tuple[list[int], str | None]:
+        """The part of `tokens` that is emitted, and why generation ends there (None: it goes on)."""
+        for i, token in enumerate(tokens, 1):
+            self._tokens.append(token)
+            if token in self._target.stop_ids or self._stopped():
+                return tokens[:i], "stop"
+            if len(self._tokens) >= self.limit:
+                return tokens[:i], "length"
+        return tokens, None
+
+    def _stopped(self) -> bool:
+        if not self._stop:
+            return False
+        text = self._target.tokenizer.decode(self._tokens[-self._window :], skip_special_tokens=True)
+        return any(s in text for s in self._stop)

@@ -1,0 +1,41 @@
+"""Drafters by name or folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError
+from ..target import EMBEDDED, Target
+from .base import DRAFTERS, Drafter, TrainableDrafter, load_trainable, register
+from .ctc import CTCConfig, CTCDrafter
+from .none import NoDrafter
+
+__all__ = [
+    "DRAFTERS",
+    "CTCConfig",
+    "CTCDrafter",
+    "Drafter",
+    "NoDrafter",
+    "TrainableDrafter",
+    "load_drafter",
+    "register",
+]
+
+EMBEDDED_DRAFTERS = ("ctc", "paper")
+
+
+def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
+    """A drafter for `target`: `none`, an embedded one (`ctc`, the default; `paper`), or a checkpoint folder.
+
+    Raises UserError if there is no such drafter or it was made for another target.
+    """
+    name = name_or_path or "ctc"
+    if name == "none":
+        return NoDrafter()
+    folder = EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
+    if not folder.is_dir():
+        known = ", ".join(("none", *EMBEDDED_DRAFTERS))
+        raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {known}.")
+    drafter = load_trainable(folder, target)
+    drafter.name = name if name in EMBEDDED_DRAFTERS else folder.resolve().name
+    return drafter

@@ -1,0 +1,165 @@
+"""The attention draft module: N slots in one parallel pass over the target's features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def rope_table(positions: int, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (positions, dim), of rotary position embedding (Su et al. 2021), half-rotation layout."""
+    frequency = theta ** (-torch.arange(0, dim, 2).float() / dim)
+    angle = torch.outer(torch.arange(positions).float(), frequency)
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary embedding to x (..., dim) with cos, sin broadcastable to it."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+class DraftLayer(nn.Module):
+    """A transformer layer whose slots attend to the context and to each other; the context itself is not updated.
+
+    Keys and values of context and slots come from the same projection, so a committed pair costs one row of it.
+    """
+
+    def __init__(self, width: int, inner: int, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, width // heads
+        self.norm = nn.RMSNorm(width, eps)
+        self.q = nn.Linear(width, heads * self.dim, bias=False)
+        self.kv = nn.Linear(width, 2 * kv_heads * self.dim, bias=False)
+        self.out = nn.Linear(heads * self.dim, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def queries(self, normed: torch.Tensor) -> torch.Tensor:
+        """(B, n, width) -> (B, heads, n, dim)."""
+        return self.q(normed).unflatten(-1, (self.heads, self.dim)).transpose(1, 2)
+
+    def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, n, width) -> keys and values, each (B, kv_heads, n, dim)."""
+        both = self.kv(normed).unflatten(-1, (2 * self.kv_heads, self.dim)).transpose(1, 2)
+        return both[:, : self.kv_heads], both[:, self.kv_heads :]
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Residual, output projection and MLP: x, attended (B, n, width) -> (B, n, width)."""
+        x = x + self.out(attended)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        out: torch.Tensor = x + self.down(F.silu(gate) * up)
+        return out
+
+
+class DraftModule(nn.Module):
+    """Fuse (feature, next token) pairs into a context, and run N slot queries over it.
+
+    The pair j stands at position j + 1, that of its token; slot i of anchor t at position t + 2 + i. A slot query is the
+    newest pair (which holds the root) plus the slot's own embedding.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self, width: int, inner: int, heads: int, kv_heads: int, layers: int, slots: int, features: int, positions: int
+    ) -> None:
+        super().__init__()
+        eps = 1e-6
+        self.slots, self.features = slots, features
+        self.feature_norm = nn.Parameter(torch.ones(features, width))
+        self.fuse = nn.Linear((features + 1) * width, width, bias=False)
+        self.slot_embedding = nn.Parameter(torch.randn(slots, width) * 0.02)
+        self.layers = nn.ModuleList([DraftLayer(width, inner, heads, kv_heads, eps) for _ in range(layers)])
+        self.norm = nn.RMSNorm(width, eps)
+        cos, sin = rope_table(positions + slots + 2, width // heads, 10_000.0)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._keys_values: torch.Tensor = torch.empty(0)
+        self._length = 0
+
+    def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """features (B, n, F * width), embeddings of the next tokens (B, n, width) -> (B, n, width)."""
+        split = features.unflatten(-1, (self.features, -1))
+        normed = F.rms_norm(split, split.shape[-1:], eps=1e-6) * self.feature_norm
+        token = F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
+        out: torch.Tensor = self.fuse(torch.cat([normed.flatten(-2), token], -1))
+        return out
+
+    # ------------------------------------------------------------ inference
+
+    def start(self, capacity: int, like: torch.Tensor) -> None:
+        """Make an empty key/value cache of `capacity` pairs in the dtype and on the device of `like`."""
+        layer = self.layers[0]
+        shape = (len(self.layers), 2, 1, layer.kv_heads, capacity + self.slots, layer.dim)
+        self._keys_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self._length = 0
+
+    def step(self, context: torch.Tensor) -> torch.Tensor:
+        """Append context (1, n, width) to the cache and run the slots after it: (1, N, width)."""
+        start, n = self._length, context.shape[1]
+        end = start + n + self.slots
+        x = context[:, -1:] + self.slot_embedding
+        cos, sin = self.cos[start + 1 : end + 1], self.sin[start + 1 : end + 1]
+        for layer, (k_all, v_all) in zip(self.layers, self._keys_values):
+            normed = layer.norm(torch.cat([context, x], 1))
+            k, v = layer.keys_values(normed)
+            k_all[:, :, start:end] = rotate(k, cos, sin)
+            v_all[:, :, start:end] = v
+            q = rotate(layer.queries(normed[:, n:]), cos[n:], sin[n:])
+            attended = F.scaled_dot_product_attention(q, k_all[:, :, :end], v_all[:, :, :end], enable_gqa=True)
+            x = layer.finish(x, attended.transpose(1, 2).flatten(-2))
+        self._length = start + n
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    # ------------------------------------------------------------ training
+
+    def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """context (B, T, width), anchors (B, A) -> slots (B, A, N, width); the same numbers as `step`, many at once."""
+        batch, length, width = context.shape
+        count = anchors.shape[1]
+        x = context.gather(1, anchors[..., None].expand(-1, -1, width))[:, :, None] + self.slot_embedding
+        positions = anchors[..., None] + 2 + torch.arange(self.slots, device=anchors.device)
+        cos, sin = (t[positions].flatten(1, 2)[:, None] for t in (self.cos, self.sin))
+        seen = torch.arange(length, device=anchors.device) <= anchors[..., None]
+        for layer in self.layers:
+            k_context, v_context = layer.keys_values(layer.norm(context))
+            k_context = rotate(k_context, self.cos[1 : length + 1], self.sin[1 : length + 1])
+            normed = layer.norm(x).flatten(1, 2)
+            q = rotate(layer.queries(normed), cos, sin)
+            k, v = layer.keys_values(normed)
+            attended = _attend(q, k_context, v_context, rotate(k, cos, sin), v, seen)
+            x = layer.finish(x, attended.unflatten(1, (count, self.slots)))
+        out: torch.Tensor = self.norm(x)
+        return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k_context: torch.Tensor,
+    v_context: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """Each anchor's slots over the context it has seen and over each other.
+
+    q (B, H, A*N, d); k_context, v_context (B, G, T, d); k, v (B, G, A*N, d); seen (B, A, T) bool -> (B, A*N, H*d).
+    """
+    batch, heads, rows, dim = q.shape
+    groups, count = k.shape[1], seen.shape[1]
+    slots = rows // count
+    q = q.view(batch, groups, heads // groups, count, slots, dim) * dim**-0.5
+    k, v = (t.view(batch, groups, 1, count, slots, dim) for t in (k, v))
+    far = torch.einsum("bghand,bgtd->bghant", q, k_context)
+    far = far.masked_fill(~seen[:, None, None, :, None], -torch.inf)
+    near = q @ k.transpose(-1, -2)
+    weights = torch.cat([far, near], -1).float().softmax(-1).to(q.dtype)
+    far, near = weights.split([far.shape[-1], slots], -1)
+    out = torch.einsum("bghant,bgtd->bghand", far, v_context) + near @ v
+    return out.permute(0, 3, 4, 1, 2, 5).reshape(batch, rows, heads * dim)

@@ -1,0 +1,188 @@
+"""The Drafter protocol: what the decoding loop and the trainer ask of every drafter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..config import from_mapping
+from ..errors import UserError
+from ..files import write_folder
+from ..target import Target
+from ..tree import DraftTree
+
+Registry = dict[str, type["Drafter"]]
+DRAFTERS: Registry = {}
+
+
+def register(name: str) -> Callable[[type[Drafter]], type[Drafter]]:
+    """Class decorator: make a drafter known under `name`."""
+
+    def add(cls: type[Drafter]) -> type[Drafter]:
+        cls.kind = name
+        DRAFTERS[name] = cls
+        return cls
+
+    return add
+
+
+class Drafter(nn.Module):
+    """Proposes draft trees. It never sees the target's future and never decides acceptance.
+
+    A sequence x_0 .. x_t whose features f_0 .. f_t the target has computed comes in as pairs (f_j, x_{j+1}); the last
+    next token is the root, which the target has chosen but not yet read.
+    """
+
+    kind: ClassVar[str] = ""
+    feature_layers: tuple[int, ...] = ()
+    name: str = ""
+
+    def start(self, capacity: int) -> None:
+        """Forget the last sequence; at most `capacity` positions will follow."""
+
+    def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
+        """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
+        raise NotImplementedError
+
+    def tree(self, guess: Any, budget: int) -> DraftTree:
+        """Turn what `draft` returned into a draft tree of exactly `budget` nodes (batch 1), or an empty one."""
+        raise NotImplementedError
+
+    def train_loss(
+        self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of drafting at many anchors of teacher-forced sequences.
+
+        features (B, T, F * hidden_size); token_ids (B, T); anchors (B, A): position t of each root's predecessor, the
+        root being token t+1; labels (B, A, L): the tokens after the root, -100 where there is none.
+        Returns the mean loss and named detached metrics.
+        """
+        raise NotImplementedError
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the drafter's own; the target's embedding and LM head do not count."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class TrainableDrafter(Drafter):
+    """A drafter with weights and a dataclass config, stored as `config.json` + `model.safetensors`.
+
+    The target's embedding and LM head are borrowed, never stored. `config.json` follows the speculators convention.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    def __init__(self, config: Any, target: Target) -> None:
+        super().__init__()
+        self.config = config
+        # A plain list hides the borrowed modules from parameters() and state_dict().
+        self._borrowed = [target]
+
+    @property
+    def target(self) -> Target:
+        return self._borrowed[0]
+
+    def save_pretrained(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
+        """Write the folder atomically; `extra` entries are added to config.json."""
+        target = self.target
+        config = {
+            "architectures": [type(self).__name__],
+            "speculators_model_type": self.kind,
+            "speculators_config": {
+                "algorithm": self.kind,
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.proposed_tokens}],
+                "default_proposal_method": "greedy",
+                "verifier": {
+                    "name_or_path": target.name,
+                    "architectures": list(target.model.config.architectures or []),
+                    "hidden_size": target.hidden_size,
+                    "vocab_size": target.vocab_size,
+                    "probe": probe(target),
+                },
+            },
+            "drafter": dataclasses.asdict(self.config),
+            **(extra or {}),
+        }
+        weights = {name: p.detach().to("cpu").contiguous() for name, p in self.state_dict().items()}
+
+        def write(aside: Path) -> None:
+            (aside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+            save_file(weights, aside / "model.safetensors")
+
+        write_folder(Path(folder), write)
+
+    @property
+    def proposed_tokens(self) -> int:
+        """The longest continuation that the drafter proposes."""
+        raise NotImplementedError
+
+    @property
+    def proposed_labels(self) -> int:
+        """Labels after the root that training looks at."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Called once after loading, on the target's device and dtype: derive inference-only tables."""
+
+
+def load_trainable(folder: Path, target: Target) -> Drafter:
+    """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
+        fields = content["drafter"]
+    except FileNotFoundError:
+        raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({error!r}).") from None
+    if kind not in DRAFTERS:
+        raise UserError(
+            f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(sorted(DRAFTERS))}."
+        )
+    _check_target(folder, verifier, target)
+    cls: Any = DRAFTERS[kind]
+    drafter: TrainableDrafter = cls(from_mapping(cls.config_class, fields, str(folder / "config.json")), target)
+    with torch.no_grad():
+        for p in drafter.parameters():
+            p.fill_(torch.nan)  # a weight that is not loaded must show
+    try:
+        drafter.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"'{folder / 'model.safetensors'}' is damaged or does not fit its config: {reason}") from None
+    drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
+    drafter.prepare()
+    return drafter
+
+
+def _check_target(folder: Path, verifier: dict[str, Any], target: Target) -> None:
+    made_for = verifier.get("name_or_path")
+    for key, mine in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
+        if verifier.get(key) != mine:
+            raise UserError(
+                f"Drafter '{folder}' was made for target '{made_for}' with {key} {verifier.get(key)}, "
+                f"but '{target.name}' has {mine}; train one with `ctc-drafter train --target …`."
+            )
+    theirs, ours = verifier.get("probe") or [], probe(target)
+    same = len(theirs) == len(ours) and all(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in zip(theirs, ours))
+    if not same:
+        raise UserError(
+            f"Drafter '{folder}' was made for target '{made_for}', whose weights differ from those of '{target.name}'; "
+            "train one with `ctc-drafter train --target …`."
+        )
+
+
+def probe(target: Target) -> list[float]:
+    """A few weights spread over the target: enough to tell it from its fine-tuned siblings, in any dtype."""
+    parameters = [p for _, p in sorted(target.model.named_parameters())]
+    step = max(1, len(parameters) // 16)
+    return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]

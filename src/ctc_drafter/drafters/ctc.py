@@ -1,0 +1,200 @@
+"""The CTC drafter: slots over vocabulary + blank in one pass, trained over all alignments (Wen, Gui, Feng 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..lattice.collapse import collapsed_tree
+from ..lattice.loss import (
+    context_log_normalizers,
+    context_prefix_log_probs,
+    ctc_loss,
+    label_log_probs,
+    merge_prefix_log_probs,
+    prefix_objective,
+)
+from ..lattice.prefix import best_prefixes, pool_lattice, pool_tokens
+from ..target import LAST, Target
+from ..tree import DraftTree
+from .attention import DraftModule
+from .base import TrainableDrafter, register
+
+IGNORE = -100
+
+
+@dataclass
+class CTCConfig:
+    """Shape, topology, objective and search of a CTC drafter."""
+
+    hidden_size: int = 0
+    """0: the target's."""
+    intermediate_size: int = 0
+    """0: twice the hidden size."""
+    heads: int = 0
+    """0: one for every 64 of the hidden size."""
+    kv_heads: int = 0
+    """0: a third of the heads (at least one)."""
+    layers: int = 1
+    slots: int = 8
+    labels: int = 6
+    """Next tokens that training looks at, and the longest proposal of the prefix tree."""
+    topology: Literal["merge", "label-context"] = "label-context"
+    context_rank: int = 128
+    feature_layers: list[int] = field(default_factory=lambda: [LAST])
+    """Target layers whose outputs are read, counted from 1; -1 is what the LM head reads."""
+    objective: Literal["prefix", "label"] = "prefix"
+    decay: float = 0.8
+    """Weight of the k-th label in the prefix objective: decay^(k-1)."""
+    tree: Literal["prefix", "paths"] = "prefix"
+    """Best exact prefixes, or the paper's: most probable slot paths, collapsed."""
+    pool: int = 48
+    """Tokens that the prefix search considers."""
+    beam: int = 16
+    path_count: int = 64
+    path_top_k: int = 8
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.slots < 1 or not 1 <= self.labels <= self.slots:
+            raise ValueError("a CTC drafter needs layers >= 1 and 1 <= labels <= slots")
+        if self.topology == "label-context" and self.tree == "paths":
+            raise ValueError("tree 'paths' collapses independent slots, so it needs topology 'merge'")
+
+
+@register("ctc")
+class CTCDrafter(TrainableDrafter):
+    """One parallel pass gives N slot distributions; collapsed, they are the draft tree.
+
+    Topology `merge` is standard CTC: equal neighbours merge, blanks drop. In `label-context` every non-blank slot emits
+    a label and its distribution depends on the last emitted token u: logits_i(. | u) = W (z_i + U silu(D e_u)), W being
+    the target's LM head with a row for blank, e_u the token's embedding, D and U of rank `context_rank`.
+    """
+
+    config_class = CTCConfig
+    config: CTCConfig
+    context_keys: torch.Tensor
+    context_values: torch.Tensor
+
+    def __init__(self, config: CTCConfig, target: Target) -> None:
+        super().__init__(config, target)
+        width = target.hidden_size
+        config.hidden_size = config.hidden_size or width
+        config.intermediate_size = config.intermediate_size or 2 * width
+        config.heads = config.heads or max(1, width // 64)
+        config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
+        self.feature_layers = tuple(config.feature_layers)
+        self.module = DraftModule(
+            width,
+            config.intermediate_size,
+            config.heads,
+            config.kv_heads,
+            config.layers,
+            config.slots,
+            len(config.feature_layers),
+            target.max_context,
+        )
+        self.blank = nn.Parameter(torch.zeros(1, width))
+        self.has_context = config.topology == "label-context"
+        if self.has_context:
+            self.context_down = nn.Linear(width, config.context_rank, bias=False)
+            self.context_up = nn.Linear(config.context_rank, width, bias=False)
+            nn.init.zeros_(self.context_up.weight)
+
+    @property
+    def proposed_tokens(self) -> int:
+        return self.config.labels if self.config.tree == "prefix" else self.config.slots
+
+    @property
+    def proposed_labels(self) -> int:
+        return self.config.labels
+
+    # ------------------------------------------------------------ distributions
+
+    def slot_logits(self, slots: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., V + 1), blank last, by the target's own LM head and the blank row."""
+        return torch.cat([F.linear(slots, self.target.head.weight), F.linear(slots, self.blank)], -1)
+
+    def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (...) -> what they say to the next slot, (..., rank)."""
+        embedded = self.target.embedding(tokens)
+        return F.silu(self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)))
+
+    def _context_value(self) -> torch.Tensor:
+        """How each token and blank answer to a context key, (V + 1, rank): the LM head seen through U."""
+        return torch.cat([self.target.head.weight, self.blank]) @ self.context_up.weight
+
+    # ------------------------------------------------------------ inference
+
+    def prepare(self) -> None:
+        if self.has_context:
+            with torch.no_grad():
+                vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
+                self.context_keys, self.context_values = self._context_key(vocabulary), self._context_value()
+
+    def start(self, capacity: int) -> None:
+        self.module.start(capacity, self.blank)
+
+    def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot logits (1, N, V + 1) and the root (1, 1)."""
+        context = self.module.context(features, self.target.embedding(next_tokens))
+        return self.slot_logits(self.module.step(context)), next_tokens[:, -1:]
+
+    def tree(self, guess: tuple[torch.Tensor, torch.Tensor], budget: int) -> DraftTree:
+        logits, root = guess
+        logits = logits.float()
+        if self.config.tree == "paths":
+            return collapsed_tree(logits.log_softmax(-1), budget, self.config.path_count, self.config.path_top_k)
+        if budget == 0:
+            return DraftTree.empty(1, logits.device)
+        pool = pool_tokens(logits, min(max(self.config.pool, budget), self.target.vocab_size))
+        context = None
+        if self.has_context:
+            keys = self.context_keys[torch.cat([pool, root], 1)]
+            blank = torch.full_like(root, self.target.vocab_size)
+            values = self.context_values[torch.cat([pool, blank], 1)]
+            context = (keys @ values.transpose(1, 2)).float()
+        lattice = pool_lattice(logits, pool, context, merge=not self.has_context)
+        return best_prefixes(lattice, budget, self.config.labels, max(self.config.beam, budget))
+
+    # ------------------------------------------------------------ training
+
+    def train_loss(
+        self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        embedded = self.target.embedding(token_ids[:, 1:])
+        context = self.module.context(features[:, :-1], embedded)
+        slots = self.module(context, anchors).flatten(0, 1)
+        logits = self.slot_logits(slots).float()
+        roots = token_ids.gather(1, anchors + 1).flatten()
+        labels = labels.flatten(0, 1)
+        lengths = (labels != IGNORE).sum(-1)
+        labels = labels.clamp_min(0)
+        prefix, label_loss = self._scores(logits, roots, labels, lengths)
+        loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
+        counted = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
+        expected = (prefix.detach().exp() * counted).sum(-1).mean()
+        return loss.mean(), {"expected_accepted": expected, "first": prefix[:, 0].detach().exp().mean()}
+
+    def _scores(
+        self, logits: torch.Tensor, roots: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log probabilities of all label prefixes (A, L), and the whole-label CTC loss per label token (A,)."""
+        if not self.has_context:
+            log_probs = logits.log_softmax(-1)
+            emit, blank = label_log_probs(log_probs, labels)
+            prefix, _ = merge_prefix_log_probs(emit, blank, labels)
+            loss = ctc_loss(log_probs, labels, lengths) if self.config.objective == "label" else prefix[:, 0]
+            return prefix, loss / lengths.clamp_min(1)
+        said = torch.cat([roots[:, None], labels], 1)
+        context = (self._context_key(said) @ self._context_value().T).float()
+        normalizers = context_log_normalizers(logits, context)
+        index = labels[:, None].expand(-1, logits.shape[1], -1)
+        emit = logits.gather(2, index) - normalizers[:, :, :-1]
+        emit = emit + context[:, :-1].gather(2, labels[..., None]).transpose(1, 2)
+        blank = logits[:, :, -1:] + context[:, None, :, -1] - normalizers
+        prefix, whole = context_prefix_log_probs(emit, blank, lengths)
+        return prefix, -whole / lengths.clamp_min(1)

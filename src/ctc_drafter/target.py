@@ -1,0 +1,312 @@
+"""The frozen Hugging Face model: load and check it, prefill a prompt, score a draft tree in one pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .cache import SlotCache
+from .errors import UserError
+from .tree import DraftTree
+
+EMBEDDED = Path(__file__).parent / "embedded"
+LAST = -1  # feature layer: the decoder's output after the final norm, which the LM head reads
+
+
+class Target:
+    """A causal LM with `prefill` and `score`; passes the tree self-test or refuses to load.
+
+    Features: `capture([2, 4, LAST])` makes both return, beside logits, the outputs of those decoder layers (counted
+    from 1) concatenated on the last axis, (1, q, F * hidden_size).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        config = self.model.config.get_text_config()
+        self.config = config
+        self.vocab_size: int = self.model.get_output_embeddings().weight.shape[0]
+        self.hidden_size: int = config.hidden_size
+        self.num_layers: int = config.num_hidden_layers
+        self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**20
+        self.stop_ids = _stop_ids(self.model, tokenizer)
+        self._windows = _windows(config)
+        self._captured: dict[int, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+        self._layers: tuple[int, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Input embedding (V, hidden_size)."""
+        module: nn.Embedding = self.model.get_input_embeddings()
+        return module
+
+    @property
+    def head(self) -> nn.Linear:
+        """LM head, weight (V, hidden_size)."""
+        module: nn.Linear = self.model.get_output_embeddings()
+        return module
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a local folder or hub name (None: the embedded target) and run the self-test.
+
+        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. Raises UserError
+        for anything that is not a loadable, tree-capable causal LM.
+        """
+        path = EMBEDDED / "target" if path is None else path
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        if Path(path).is_dir():
+            _check_folder(Path(path))
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=kind, use_safetensors=True, **options
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
+        target = cls(model.to(where), tokenizer, target_name(path))
+        target.self_test()
+        return target
+
+    # ------------------------------------------------------------ features
+
+    def capture(self, layers: Sequence[int]) -> None:
+        """Choose the layers whose outputs `prefill` and `score` return as features (empty: none)."""
+        if tuple(layers) == self._layers:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        blocks = _decoder_layers(self.model, self.num_layers)
+        bad = [i for i in layers if i != LAST and not 1 <= i <= self.num_layers]
+        if bad:
+            raise UserError(f"Target '{self.name}' has layers 1..{self.num_layers}, so no feature layer {bad[0]}.")
+        self._layers = tuple(layers)
+        self._hooks = []
+        for i in self._layers:
+            if i == LAST:
+                self._hooks.append(self.model.base_model.register_forward_hook(self._store_output(LAST)))
+            else:
+                self._hooks.append(blocks[i - 1].register_forward_hook(self._store_output(i)))
+
+    def _store_output(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._captured[index] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    # ------------------------------------------------------------ passes
+
+    def forward(self, ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (B, q) -> logits (B, q, V), features (B, q, F * hidden_size); `options` go to the model."""
+        logits = self.model(input_ids=ids, **options).logits
+        if not self._layers:
+            return logits, logits[..., :0]
+        parts = [self._captured[i] for i in self._layers]
+        self._captured.clear()
+        return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def new_cache(self, capacity: int) -> SlotCache:
+        """An empty cache with `capacity` slots."""
+        return SlotCache(self.num_layers, capacity)
+
+    def prefill(self, ids: list[int], cache: SlotCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the prompt; returns the last position's logits (1, V) and all features (1, P, F * hidden_size)."""
+        tokens = torch.tensor([ids], device=self.device)
+        q = len(ids)
+        ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
+        offsets = torch.arange(q, device=self.device)[None]
+        logits, features = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
+        cache.keep(list(range(q)))
+        return logits[:, -1], features
+
+    def score(
+        self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (1, M+1, V) and features (1, M+1, F * hidden_size) of the root (1, 1) and every node, in one pass.
+
+        The entries are written behind `cache.length`; `cache.keep` decides which of them stay.
+        """
+        return self._pass(torch.cat([root, tree.tokens], 1), tree.offsets(), ancestors, cache)
+
+    def _pass(
+        self, tokens: torch.Tensor, offsets: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Nodes past the context's edge can never be emitted; the clamp keeps learned positions in range.
+        positions = (offsets + cache.length).clamp_(max=self.max_context - 1)
+        masks = {
+            window: self._mask(window, positions, ancestors, cache.length) for window in set(self._windows.values())
+        }
+        mask: Any = next(iter(masks.values()))
+        if len(self._windows) > 1:
+            mask = {kind: masks[window] for kind, window in self._windows.items()}
+        options |= {"position_ids": positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        return self.forward(tokens, **options)
+
+    def _mask(self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, length: int) -> torch.Tensor:
+        """Additive mask (1, 1, q, length + q): everything committed, own ancestors, nothing else."""
+        q = positions.shape[1]
+        mask = torch.zeros(1, 1, q, length + q, dtype=self.dtype, device=self.device)
+        low = torch.finfo(self.dtype).min
+        if q > 1:
+            mask[0, :, :, length:].masked_fill_(~ancestors, low)
+        if window is not None and length + q > window:
+            keys = torch.cat([torch.arange(length, device=self.device), positions[0]])
+            mask.masked_fill_(positions[0, :, None] - keys >= window, low)
+        return mask
+
+    # ------------------------------------------------------------ text
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat with the generation prompt. Raises UserError without a chat template."""
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"The tokenizer of '{self.name}' has no chat template; give plain text with --raw.")
+        return list(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
+    # ------------------------------------------------------------ self-test
+
+    @torch.inference_mode()
+    def self_test(self) -> None:
+        """Score a small tree in one pass and branch by branch, also after compaction; raise UserError if they differ."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, min(self.vocab_size, 1000), (16,), generator=generator).tolist()
+        prompt, root, nodes, after = ids[:8], ids[8], ids[9:14], ids[14]
+        paths = [[nodes[0], nodes[1], nodes[2]], [nodes[0], nodes[3]], [nodes[4]]]
+        advice = "it can only be used by its own generate()"
+        try:
+            tree = DraftTree.from_paths([paths], budget=5, device=self.device)
+            cache = self.new_cache(32)
+            first = torch.tensor([[root]], device=self.device)
+            self.prefill(prompt, cache)
+            ancestors = tree.ancestor_mask()
+            scored, _ = self.score(first, tree, ancestors, cache)
+            pairs = [(scored[0, 0], prompt + [root])]
+            tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+            for i in range(5):
+                branch, node = [], i
+                while node >= 0:
+                    branch.insert(0, tokens[node])
+                    node = parents[node]
+                pairs.append((scored[0, i + 1], prompt + [root] + branch))
+            second = tokens.index(nodes[3])
+            cache.keep([0, tokens.index(nodes[0]) + 1, second + 1])
+            empty = DraftTree.empty(1, self.device)
+            last, _ = self.score(torch.tensor([[after]], device=self.device), empty, empty.ancestor_mask(), cache)
+            pairs.append((last[0, 0], prompt + [root, nodes[0], nodes[3], after]))
+            worst = max(self._deviation(got, text) for got, text in pairs)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"'{self.name}' ({self.config.model_type}) cannot take a tree mask, so {advice}: {reason}"
+            ) from None
+        limit = 1e-3 if self.dtype == torch.float32 else 0.1
+        if not worst < limit:
+            raise UserError(
+                f"'{self.name}' ({self.config.model_type}) scores a draft tree differently from its branches "
+                f"(off by {worst:.2g} of the logits' spread, limit {limit:g}), so {advice}."
+            )
+
+    def _deviation(self, got: torch.Tensor, text: list[int]) -> float:
+        want = self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0, -1].float()
+        return float((got.float() - want).abs().max() / want.std().clamp_min(1e-6))
+
+
+def target_name(path: str | Path) -> str:
+    """The name by which drafters know their target: a folder's own name, or the hub name."""
+    return Path(path).resolve().name if Path(path).exists() else str(path)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises UserError for a device torch does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    return where
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> Any:
+    """torch dtype for a name; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in names:
+        raise UserError(f"Unknown dtype '{dtype}'; use auto, float32, bfloat16 or float16.")
+    return names[dtype]
+
+
+def _check_folder(path: Path) -> None:
+    config = path / "config.json"
+    try:
+        content = json.loads(config.read_text())
+    except FileNotFoundError:
+        raise UserError(f"Folder '{path}' has no config.json, so it is not a Hugging Face model.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{config}' cannot be read ({error}).") from None
+    if "speculators_config" in content:
+        raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
+
+
+def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    ids: set[int] = set()
+    sources = [tokenizer.eos_token_id, model.config.get_text_config().eos_token_id]
+    if getattr(model, "generation_config", None) is not None:
+        sources.append(model.generation_config.eos_token_id)
+    for value in sources:
+        if value is not None:
+            ids.update(value if isinstance(value, (list, tuple)) else [value])
+    return frozenset(ids)
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """Attention window (in positions) of each kind of layer; None is full attention."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(
+        "The target's decoder layers cannot be found, so it has no layer features; use the last layer only."
+    )
