@@ -1,0 +1,54 @@
+"""Training state on disk: safetensors and JSON in one folder, written aside and renamed, never pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..errors import UserError
+from ..files import write_folder
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+def save_training_state(
+    path: Path, weights: dict[str, torch.Tensor], optimizers: Optimizers, meta: dict[str, Any]
+) -> None:
+    """Write weights, optimizer tensors and `meta` (JSON) under the folder `path`, atomically."""
+    tensors = {f"weight/{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
+    for i, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value).detach().contiguous()
+
+    def write(folder: Path) -> None:
+        save_file(tensors, folder / "state.safetensors")
+        (folder / "state.json").write_text(json.dumps(meta, indent=1))
+
+    write_folder(path, write)
+
+
+def load_training_state(path: Path, weights: dict[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:
+    """Copy a state written by `save_training_state` into `weights` and `optimizers` in place; return its meta."""
+    try:
+        meta: dict[str, Any] = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "state.safetensors")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(tensors[f"weight/{name}"])
+    except Exception as error:
+        raise UserError(
+            f"Training state '{path}' does not fit or is damaged ({error}); remove it to start anew."
+        ) from None
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer/{i}/"):
+                _, _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return meta

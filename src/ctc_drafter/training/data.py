@@ -1,0 +1,103 @@
+"""Reading JSON lines (plain, .gz, .xz) and turning chats and texts into token ids with a loss mask."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UserError
+
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for each non-empty line. Raises UserError naming file and line."""
+    path = Path(path)
+    line_number = 0
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
+            for line_number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {line_number}: expected a JSON object.")
+                yield line_number, row
+    except FileNotFoundError:
+        raise UserError(f"File '{path}' does not exist.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line_number}: not valid JSON ({error.msg}).") from None
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}, after line {line_number}: cannot be read ({error}).") from None
+    except OSError as error:
+        raise UserError(f"File '{path}' cannot be read ({error.strerror or error}).") from None
+
+
+def text_key(text: str) -> int:
+    """A stable 64-bit hash of a text; splits and samples are made by it, so that they survive any reordering."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def example_key(row: dict[str, Any]) -> int:
+    """Hash of the first message (of the whole text if there are none): all answers to one prompt share it."""
+    return text_key(row["messages"][0]["content"] if "messages" in row else row["text"])
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """All text of a `messages` or `text` row."""
+    text: str = "\n".join(m["content"] for m in row["messages"]) if "messages" in row else row["text"]
+    return text
+
+
+def copies(row: dict[str, Any], rate: float) -> int:
+    """How often a row is used at `rate` copies on average: the fraction is decided by the row's own hash."""
+    return int(rate) + ((text_key(json.dumps(row)) % 10_000) / 10_000 < rate % 1)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Token ids of a chat and its loss mask (1 on the assistant's tokens, the end-of-turn token included).
+
+    The mask comes from the template's own `{% generation %}` marks; without them, from rendering the chat up to each
+    answer (the generation prompt) and through it, which must nest. Raises UserError if no token would be trained.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, which chats need.")
+    if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
+    else:
+        ids, mask = _ids_by_nesting(tokenizer, messages)
+    if not any(mask):
+        raise UserError("A chat has no assistant token to train on; check the chat template and the messages.")
+    return ids, mask
+
+
+def _ids_by_nesting(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    mask: list[int] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = prompt_ids(tokenizer, messages[:i])
+        through = list(tokenizer.apply_chat_template(messages[: i + 1], return_dict=True)["input_ids"])
+        if through[: len(before)] != before or before[: len(ids)] != ids:
+            raise UserError(
+                "The chat template rewrites earlier turns, so answers cannot be located; add generation marks."
+            )
+        mask += [0] * (len(before) - len(ids)) + [1] * (len(through) - len(before))
+        ids = through
+    return ids, mask
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat up to and including the generation prompt."""
+    out = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(out["input_ids"])

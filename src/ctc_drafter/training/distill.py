@@ -1,0 +1,146 @@
+"""The target's own answers to prompts: what a drafter has to predict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import UserError
+from ..target import Target
+from .data import copies, example_key, read_jsonl
+
+
+@dataclass
+class DistillConfig:
+    """Recipe of a distilled data set."""
+
+    target: str
+    prompts: list[str]
+    """JSONL files with `messages` (all up to the first answer is the prompt) or `turns` (the first one is)."""
+    output: str
+    """JSONL file of {id, source, prompt_ids, answer_ids, answer}; continued if it exists."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of each `source` (0..1) to use; 1.0 if absent."""
+    limit: int = 0
+    """0: all prompts."""
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 192
+    batch: int = 64
+    temperature: float = 0.0
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@torch.inference_mode()
+def distill(config: DistillConfig) -> Path:
+    """Generate what is missing from `config.output`; returns its path. A killed run continues where it stopped."""
+    output = Path(config.output)
+    done = _finished(output)
+    target = Target.load(
+        config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+    prompts = [p for p in _prompts(config, target) if p[0] not in done]
+    if not prompts and not done:
+        raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")
+    torch.manual_seed(config.seed + len(done))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("distilling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[tokens]} tokens"),
+    )
+    with Progress(*columns) as progress, output.open("a", encoding="utf-8") as out:
+        task = progress.add_task("", total=len(prompts) + len(done), completed=len(done), tokens=0)
+        total = 0
+        for start in range(0, len(prompts), config.batch * 16):
+            window = sorted(prompts[start : start + config.batch * 16], key=lambda p: len(p[2]))
+            for i in range(0, len(window), config.batch):
+                group = window[i : i + config.batch]
+                answers = _answers(target, [p[2] for p in group], config)
+                for (key, source, ids), answer in zip(group, answers):
+                    text = target.tokenizer.decode(answer, skip_special_tokens=True)
+                    row = {"id": key, "source": source, "prompt_ids": ids, "answer_ids": answer, "answer": text}
+                    out.write(json.dumps(row) + "\n")
+                    total += len(answer)
+                out.flush()
+                progress.update(task, advance=len(group), tokens=f"{total:,}")
+    return output
+
+
+def _finished(output: Path) -> set[str]:
+    """Ids already in the file; a last line cut by a kill is removed."""
+    if not output.exists():
+        return set()
+    text = output.read_bytes()
+    end = text.rfind(b"\n") + 1
+    if end < len(text):
+        with output.open("r+b") as file:
+            file.truncate(end)
+    return {row["id"] for _, row in read_jsonl(output)}
+
+
+def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, list[int]]]:
+    """(id, source, prompt ids), each prompt once."""
+    seen: set[str] = set()
+    for path in config.prompts:
+        for line, row in read_jsonl(path):
+            source = str(row.get("source", row.get("category", "")))
+            messages = _prompt_messages(row, f"{path}, line {line}")
+            key = f"{example_key({'messages': messages}):016x}"
+            if key in seen or not copies({"id": key}, min(1.0, config.mixture.get(source, 1.0))):
+                continue
+            seen.add(key)
+            ids = target.prompt_ids(messages)
+            if len(ids) <= min(config.max_prompt_tokens, target.max_context - config.max_new_tokens):
+                yield key, source, ids
+            if config.limit and len(seen) >= config.limit:
+                return
+
+
+def _prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
+    if "turns" in row:
+        return [{"role": "user", "content": row["turns"][0]}]
+    messages: list[dict[str, str]] = []
+    for message in row.get("messages", []):
+        if message["role"] == "assistant":
+            break
+        messages.append(message)
+    if not messages:
+        raise UserError(f"{where}: neither `turns` nor `messages` that begin with a question.")
+    return messages
+
+
+def _answers(target: Target, prompts: list[list[int]], config: DistillConfig) -> list[list[int]]:
+    """One batched, left-padded call of the model's own generate; answers end with their stop token."""
+    width = max(map(len, prompts))
+    pad = (
+        target.tokenizer.pad_token_id if target.tokenizer.pad_token_id is not None else min(target.stop_ids, default=0)
+    )
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0}
+    out = target.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=sorted(target.stop_ids) or None,
+        **sampling,
+    )
+    answers = []
+    for row in out[:, width:].tolist():
+        end = next((i + 1 for i, t in enumerate(row) if t in target.stop_ids), len(row))
+        answers.append(row[:end])
+    return answers

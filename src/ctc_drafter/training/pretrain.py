@@ -1,0 +1,322 @@
+"""Train a small target from scratch: corpus -> tokenizer -> packed blocks -> Llama weights.
+
+This is what made the embedded target. Muon for the matrices inside the layers, AdamW for the embedding and norms,
+a trapezoid learning rate (warm-up, constant, linear decay), bf16 weights with fp32 masters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import UserError
+from ..files import write_folder
+from .checkpoint import load_training_state, save_training_state
+from .data import chat_ids, copies, example_key, read_jsonl, row_text, text_key
+from .optim import learning_rate_factor, make_optimizers, set_learning_rates
+from .tokenizer import train_tokenizer
+
+HELD_OUT = 100  # one prompt in a hundred is never trained on
+IGNORE = -100
+CHUNK = 512
+
+
+@dataclass
+class PretrainConfig:
+    """Recipe of a target trained from scratch."""
+
+    data: list[str]
+    """JSONL files with `messages` or `text` rows."""
+    output: str
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Copies of each row by its `source` (0.25: a quarter of the rows, 2.0: all of them twice); 1.0 if absent."""
+    answers_only: list[str] = field(default_factory=list)
+    """Sources whose prompts carry no loss (the same few prompts many times over)."""
+    as_answers: list[str] = field(default_factory=list)
+    """Sources of `text` rows that are answers without their question: rendered as an assistant turn."""
+    exclude: list[str] = field(default_factory=list)
+    """Prompt files; a training row that shares 13 consecutive words with one of them is dropped."""
+    vocab_size: int = 6144
+    hidden_size: int = 384
+    intermediate_size: int = 1024
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    context: int = 1024
+    block: int = 768
+    """Tokens in a training sequence."""
+    batch: int = 12
+    steps: int = 3000
+    warmup: int = 100
+    decay: int = 1000
+    """Last steps, over which the learning rate falls linearly to zero."""
+    lr_matrix: float = 3e-3
+    lr_other: float = 3e-3
+    weight_decay: float = 0.1
+    z_loss: float = 1e-4
+    compile: bool = True
+    checkpoint_every: int = 200
+    seed: int = 0
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Run or resume the recipe; returns the folder of the finished target (a Hugging Face model folder)."""
+    output = Path(config.output)
+    work = output.with_name(output.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    with Progress() as progress:
+        tokenizer = _tokenizer(config, work, progress)
+        blocks, held = _blocks(config, tokenizer, work, progress)
+        model, history = _optimize(config, tokenizer, blocks, held, work, progress)
+    card = {"recipe": asdict(config), "tokens": config.steps * config.batch * config.block, "history": history}
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "pretrain.json").write_text(json.dumps(card, indent=1))
+
+    write_folder(output, write)
+    return output
+
+
+# ---------------------------------------------------------------- data
+
+
+def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
+    for path in config.data:
+        for _, row in read_jsonl(path):
+            yield row
+
+
+def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> PreTrainedTokenizerBase:
+    folder = work / "tokenizer"
+    if not folder.exists():
+        task = progress.add_task("tokenizer", total=None)
+
+        def texts() -> Iterator[str]:
+            for row in _rows(config):
+                if example_key(row) % 5 == 0 and config.mixture.get(row["source"], 1.0) >= 0.1:
+                    yield row_text(row)
+
+        fresh = train_tokenizer(texts(), config.vocab_size, config.context)
+        write_folder(folder, lambda f: fresh.save_pretrained(f))
+        progress.remove_task(task)
+    loaded: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+    return loaded
+
+
+def _ngrams(text: str, n: int = 13) -> set[int]:
+    words = text.lower().split()
+    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
+
+
+def _encode(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    if "messages" in row:
+        ids, mask = chat_ids(tokenizer, row["messages"])
+        return ids, mask if row["source"] in config.answers_only else [1] * len(ids)
+    if row["source"] in config.as_answers:
+        return chat_ids(tokenizer, [{"role": "assistant", "content": row["text"].strip()}])
+    ids = [tokenizer.bos_token_id, *tokenizer(row["text"], verbose=False)["input_ids"], tokenizer.eos_token_id]
+    return ids, [1] * len(ids)
+
+
+def _blocks(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, work: Path, progress: Progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed training and held-out blocks: int32 (n, 2, block): token ids, and labels with -100 where masked."""
+    path = work / "blocks.safetensors"
+    if not path.exists():
+        banned: set[int] = set()
+        for file in config.exclude:
+            for _, row in read_jsonl(file):
+                banned |= _ngrams(" ".join(row["turns"]))
+        streams: dict[str, list[list[int]]] = {"train": [], "held": []}
+        rows = sorted(_rows(config), key=lambda r: text_key(json.dumps(r) + str(config.seed)))
+        task = progress.add_task("tokenizing", total=len(rows))
+        dropped = 0
+        for row in rows:
+            progress.advance(task)
+            key = example_key(row)
+            held = key % HELD_OUT == 0
+            rate = 1.0 if held else config.mixture.get(row["source"], 1.0)
+            count = copies(row, rate)
+            if not count:
+                continue
+            text = row_text(row)
+            if banned and not banned.isdisjoint(_ngrams(text)):
+                dropped += 1
+                continue
+            ids, mask = _encode(config, tokenizer, row)
+            pair = [ids, [i if m else IGNORE for i, m in zip(ids, mask)]]
+            streams["held" if held else "train"].extend([pair] * count)  # type: ignore[arg-type]
+        progress.console.print(
+            f"{dropped} training rows dropped for an overlap with {len(config.exclude)} prompt files"
+        )
+        packed = {name: _pack(stream, config.block, config.seed) for name, stream in streams.items()}
+        write_folder(work / "blocks", lambda f: save_file(packed, f / "blocks.safetensors"))
+        (work / "blocks" / "blocks.safetensors").rename(path)
+    packed = load_file(path)
+    progress.console.print(f"{packed['train'].shape[0]:,} training blocks of {config.block} tokens")
+    return packed["train"], packed["held"]
+
+
+def _pack(pairs: list[Any], block: int, seed: int) -> torch.Tensor:
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    ids = torch.tensor([t for i in order for t in pairs[i][0]], dtype=torch.int32)
+    labels = torch.tensor([t for i in order for t in pairs[i][1]], dtype=torch.int32)
+    n = ids.numel() // block
+    return torch.stack([ids[: n * block].view(n, block), labels[: n * block].view(n, block)], dim=1)
+
+
+# ---------------------------------------------------------------- optimization
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy plus z-loss of hidden @ weight.T against labels, without holding all logits at once.
+
+    hidden (n, d), weight (V, d), labels (n) with -100 ignored. Gradients are formed chunk by chunk in the forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_step: Any
+    ) -> torch.Tensor:
+        count = (labels != IGNORE).sum().clamp_min(1).float()
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        total = torch.zeros((), device=hidden.device)
+        for i in range(0, hidden.shape[0], CHUNK):
+            h, y = hidden[i : i + CHUNK], labels[i : i + CHUNK]
+            loss, grad_hidden[i : i + CHUNK], part = chunk_step(h, weight, y, count)
+            grad_weight += part
+            total += loss
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None
+
+
+def _chunk_step(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, count: torch.Tensor, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss / count of a chunk, and its gradients by hidden and weight."""
+    logits = (hidden @ weight.T).float()
+    lse = logits.logsumexp(-1, keepdim=True)
+    counts = (labels != IGNORE)[:, None] / count
+    hit = torch.arange(weight.shape[0], device=labels.device) == labels[:, None]
+    loss = ((lse - (logits * hit).sum(-1, keepdim=True)) * counts).sum()
+    grad = (((logits - lse).exp() * (1 + 2 * z_loss * lse) - hit.float()) * counts).to(hidden.dtype)
+    return loss, grad @ weight, grad.T @ hidden
+
+
+def _loss(model: LlamaForCausalLM, body: Callable[..., Any], block: torch.Tensor, chunk_step: Any) -> torch.Tensor:
+    hidden = body(input_ids=block[:, 0].long(), use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    labels = block[:, 1, 1:].reshape(-1).long()
+    padding = -len(labels) % CHUNK  # one chunk shape, one compilation
+    hidden, labels = F.pad(hidden, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=IGNORE)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)
+    return loss
+
+
+def _optimize(
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+    held: torch.Tensor,
+    work: Path,
+    progress: Progress,
+) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    model = model.to(torch.bfloat16)
+    chunk_step = partial(_chunk_step, z_loss=config.z_loss)
+    body = model.model
+    if config.compile:
+        body, chunk_step = torch.compile(body), torch.compile(chunk_step)
+    optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
+    start, history = 0, []
+    if (work / "state").exists():
+        meta = load_training_state(work / "state", masters, optimizers)
+        start, history = meta["step"], meta["history"]
+    _copy_back(model, masters)
+    task = progress.add_task("training", total=config.steps, completed=start)
+    began, mean = time.time(), math.nan
+    for step in range(start, config.steps):
+        factor = learning_rate_factor(step, config.steps, config.warmup, config.decay)
+        set_learning_rates(optimizers, (config.lr_matrix, config.lr_other), factor)
+        loss = _loss(model, body, _batch(blocks, step, config), chunk_step)
+        loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            masters[name].grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        _copy_back(model, masters)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"The loss is not finite at step {step}; the last good state is in '{work / 'state'}'.")
+        mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
+        progress.update(task, advance=1, description=f"training, loss {mean:.3f}")
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            held_loss = _held_out_loss(model, held, config)
+            history.append({"step": step + 1, "loss": round(mean, 4), "held_out": round(held_loss, 4)})
+            rate = (step + 1 - start) * config.batch * config.block / (time.time() - began)
+            progress.console.print(f"step {step + 1}: loss {mean:.3f}, held-out {held_loss:.3f}, {rate:,.0f} tokens/s")
+            save_training_state(work / "state", masters, optimizers, {"step": step + 1, "history": history})
+    return model, history
+
+
+def _copy_back(model: LlamaForCausalLM, masters: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(masters[name])
+
+
+def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Tensor:
+    """The `step`-th batch: epochs are permutations drawn from the seed, so a resumed run sees the same data."""
+    per_epoch = blocks.shape[0] // config.batch
+    epoch, index = divmod(step, per_epoch)
+    order = torch.randperm(blocks.shape[0], generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+    return blocks[order[index * config.batch : (index + 1) * config.batch]]
+
+
+@torch.no_grad()
+def _held_out_loss(model: LlamaForCausalLM, held: torch.Tensor, config: PretrainConfig, limit: int = 48) -> float:
+    losses = [
+        _loss(model, model.model, held[i : i + config.batch], partial(_chunk_step, z_loss=0.0)).item()
+        for i in range(0, min(limit, len(held)), config.batch)
+    ]
+    return sum(losses) / len(losses)

@@ -1,0 +1,117 @@
+"""Teach a small target not to run in circles: sequence-level unlikelihood (Welleck et al. 2020).
+
+The model answers training prompts greedily; in the answers that run into a loop, each token that completes an n-gram
+already written is made less likely, -log(1 - p). A batch of the corpus in every step keeps the language intact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from .data import prompt_ids
+
+NGRAM = 4
+LOOP = 4  # repeats of one 8-gram that make an answer a loop
+
+
+def repeated(tokens: list[int], n: int = NGRAM) -> list[bool]:
+    """Whether each token completes an n-gram that occurred before it."""
+    seen: set[tuple[int, ...]] = set()
+    out = []
+    for i in range(len(tokens)):
+        gram = tuple(tokens[max(0, i - n + 1) : i + 1])
+        out.append(len(gram) == n and gram in seen)
+        seen.add(gram)
+    return out
+
+
+def loops(tokens: list[int], n: int = 8, times: int = LOOP) -> bool:
+    """Whether some n-gram occurs at least `times` times."""
+    counts: dict[tuple[int, ...], int] = {}
+    for i in range(len(tokens) - n + 1):
+        gram = tuple(tokens[i : i + n])
+        counts[gram] = counts.get(gram, 0) + 1
+    return max(counts.values(), default=0) >= times
+
+
+def unlikelihood(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Iterable[str],
+    language_loss: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    batch: int,
+    max_new_tokens: int,
+    lr: float,
+    weight: float,
+    progress: Progress,
+    log: Path,
+) -> list[dict[str, float]]:
+    """Fine-tune `model` (float32) in place; `language_loss(step)` is the corpus loss of a batch.
+
+    Returns, for every tenth step, the share of greedy answers that looped and both losses; also written to `log`.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    questions = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
+    questions = [q for q in questions if len(q) <= 256]
+    task = progress.add_task("unlikelihood", total=steps)
+    history: list[dict[str, float]] = []
+    looped, seen, mean = 0, 0, 0.0
+    for step in range(steps):
+        group = [questions[(step * batch + i) % len(questions)] for i in range(batch)]
+        answers = _greedy(model, tokenizer, group, max_new_tokens)
+        bad = [(q, a) for q, a in zip(group, answers) if loops(a)]
+        looped, seen = looped + len(bad), seen + batch
+        for rate in optimizer.param_groups:
+            rate["lr"] = lr * min(1.0, (step + 1) / 10, (steps - step) / max(1, steps // 3))
+        with torch.autocast("cpu" if model.device.type == "cpu" else model.device.type, torch.bfloat16):
+            loss = language_loss(step)
+            mean += loss.item() / 10
+            if bad:
+                loss = loss + weight * _repetition_loss(model, bad) * len(bad) / batch
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.update(task, advance=1, description=f"unlikelihood, {looped / seen:.0%} of answers loop")
+        if (step + 1) % 10 == 0:
+            history.append({"step": step + 1, "looped": round(looped / seen, 4), "loss": round(mean, 4)})
+            log.write_text(json.dumps(history))
+            looped, seen, mean = 0, 0, 0.0
+    return history
+
+
+@torch.inference_mode()
+def _greedy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    width = max(map(len, prompts))
+    pad: Any = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+    rows = out[:, width:].tolist()
+    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+
+
+def _repetition_loss(model: LlamaForCausalLM, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Mean -log(1 - p) over the repeated tokens of looping answers."""
+    width = max(len(q) + len(a) for q, a in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    marks = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (question, answer) in enumerate(pairs):
+        ids[i, : len(question) + len(answer)] = torch.tensor(question + answer)
+        marks[i, len(question) : len(question) + len(answer)] = torch.tensor(repeated(answer))
+    ids, marks = ids.to(model.device), marks.to(model.device)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][marks[:, 1:]]
+    log_p = model.lm_head(hidden).float().log_softmax(-1).gather(1, ids[:, 1:][marks[:, 1:]][:, None])[:, 0]
+    return -torch.log1p(-log_p.exp().clamp_max(1 - 1e-4)).mean()
