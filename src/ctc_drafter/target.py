@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .errors import UserError
 from .tree import DraftTree
@@ -91,6 +92,9 @@ class Target:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
+        config = model.config.get_text_config()
+        if config._attn_implementation == "sdpa" and getattr(config, "num_key_value_heads", None) != config.num_attention_heads:
+            model.set_attn_implementation(GROUPED_ATTENTION)
         target = cls(model.to(where), tokenizer, target_name(path))
         target.self_test()
         return target

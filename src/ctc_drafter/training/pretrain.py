@@ -27,6 +27,7 @@ from .checkpoint import load_training_state, save_training_state
 from .data import chat_ids, copies, example_key, read_jsonl, row_text, text_key
 from .optim import learning_rate_factor, make_optimizers, set_learning_rates
 from .tokenizer import train_tokenizer
+from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
 IGNORE = -100
@@ -67,6 +68,12 @@ class PretrainConfig:
     weight_decay: float = 0.1
     z_loss: float = 1e-4
     compile: bool = True
+    unlikelihood_steps: int = 0
+    """Steps of fine-tuning against repeating loops, after the last of `steps`."""
+    unlikelihood_batch: int = 32
+    unlikelihood_tokens: int = 128
+    unlikelihood_lr: float = 1e-4
+    unlikelihood_weight: float = 1.0
     checkpoint_every: int = 200
     seed: int = 0
 
@@ -80,7 +87,10 @@ def pretrain(config: PretrainConfig) -> Path:
         tokenizer = _tokenizer(config, work, progress)
         blocks, held = _blocks(config, tokenizer, work, progress)
         model, history = _optimize(config, tokenizer, blocks, held, work, progress)
+        loops = _against_loops(config, model, tokenizer, blocks, work, progress)
+        final = _held_out_loss(model, held, config)
     card = {"recipe": asdict(config), "tokens": config.steps * config.batch * config.block, "history": history}
+    card |= {"unlikelihood": loops, "held_out_loss": final}
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -297,6 +307,41 @@ def _optimize(
             progress.console.print(f"step {step + 1}: loss {mean:.3f}, held-out {held_loss:.3f}, {rate:,.0f} tokens/s")
             save_training_state(work / "state", masters, optimizers, {"step": step + 1, "history": history})
     return model, history
+
+
+def _against_loops(
+    config: PretrainConfig,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+    work: Path,
+    progress: Progress,
+) -> list[dict[str, float]]:
+    if not config.unlikelihood_steps:
+        return []
+    prompts = {example_key(r): r["messages"][0]["content"] for r in _rows(config) if "messages" in r}
+    keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
+    model.float()
+
+    def language_loss(step: int) -> torch.Tensor:
+        block = _batch(blocks, config.steps + step, config)[: max(1, config.batch // 2)]
+        return _loss(model, model.model, block, partial(_chunk_step, z_loss=config.z_loss))
+
+    history = unlikelihood(
+        model,
+        tokenizer,
+        [prompts[k] for k in keys],
+        language_loss,
+        steps=config.unlikelihood_steps,
+        batch=config.unlikelihood_batch,
+        max_new_tokens=config.unlikelihood_tokens,
+        lr=config.unlikelihood_lr,
+        weight=config.unlikelihood_weight,
+        progress=progress,
+        log=work / "unlikelihood.json",
+    )
+    model.to(torch.bfloat16)
+    return history
 
 
 def _copy_back(model: LlamaForCausalLM, masters: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,50 @@
+# make demo    see it work            make test    run the tests
+# make lint    ruff                   make type    mypy
+# make embedded    train the shipped target and drafters again (hours)
+# ARGS go to the command, e.g. make demo ARGS="--limit 2"; PYTHON is only used to create the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# Where the CPU build of torch is; leave it empty (make TORCH_INDEX= ...) for the build with CUDA from PyPI.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint type check embedded clean
+
+demo: $(STAMP)
+	@$(BIN)/ctc-drafter demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+
+type: $(STAMP)
+	$(BIN)/mypy
+
+check: lint type test
+
+# Every step resumes where it was stopped.
+embedded: $(STAMP)
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
+	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
+	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
+	$(BIN)/ctc-drafter train --config recipes/paper.yaml
+
+# torch goes first and alone, so that the extra index can bring nothing but torch.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run make PYTHON=/path/to/it")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once; some minutes)"
+	@$(PIP) --retries 1 --no-deps torch $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,110 @@
+"""The `bench` command: check everything first, measure with a progress bar, report, write the result files."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..drafters import load_drafter
+from ..errors import UserError
+from ..target import Target
+from .measure import Contender, Result, Row, measure, totals
+from .prompts import read_prompts
+from .report import number, print_report, report_console
+from .results import check_output, document, write_json
+
+LOG_SECONDS = 60
+
+
+def run_bench(
+    load_target: Callable[[], Target],
+    prompt_files: Sequence[Path],
+    *,
+    drafters: Sequence[str],
+    budgets: Sequence[int],
+    output: Path | None,
+    overwrite: bool,
+    limit: int | None,
+    arguments: dict[str, Any],
+    **options: Any,
+) -> None:
+    """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end."""
+    prompts = read_prompts(prompt_files, limit)
+    pairs = [(name, budget) for name in dict.fromkeys(drafters) for budget in dict.fromkeys(budgets)]
+    outputs = output_files(output, pairs)
+    for path in outputs:
+        check_output(path, overwrite)
+    target = load_target()
+    loaded = {name: load_drafter(name, target) for name in dict.fromkeys(drafters)}
+    contenders = [Contender(loaded[name].name, loaded[name], budget) for name, budget in pairs]
+    with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
+        results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
+    print_report(report_console(), results)
+    about: dict[str, Any] = {
+        "name": target.name,
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": str(target.device),
+    }
+    about["parameters"] = sum(p.numel() for p in target.model.parameters())
+    for path, result in zip(outputs, results):
+        if result.rows:
+            write_json(path, document(result, about, arguments))
+            print(f"Result: {path}")
+    if not all(result.complete for result in results):
+        raise KeyboardInterrupt
+
+
+class _Watch:
+    """A progress bar with the running tau and speedup; in a log file instead a line now and then."""
+
+    def __init__(self, contenders: Sequence[Contender], turns: int) -> None:
+        self._console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal
+        )
+        self._total = turns * len(contenders)
+        self._task = self._bar.add_task("warming up", total=self._total)
+        self._done = 0
+        self._said = -math.inf
+
+    def __enter__(self) -> _Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_row(self, result: Result, row: Row) -> None:
+        """Count one row."""
+        t = totals(result.rows)
+        text = f"{result.name}, budget {result.budget}: tau {number(t['tau'])}, speedup {number(t['speedup'])}"
+        self._done += 1
+        self._bar.update(self._task, advance=1, description=text)
+        if not self._console.is_terminal and time.monotonic() - self._said > LOG_SECONDS:
+            self._said = time.monotonic()
+            print(f"{self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+
+def output_files(output: Path | None, pairs: Sequence[tuple[str, int]]) -> list[Path]:
+    """One result file per (drafter, budget): `output` itself, or with `-<drafter>-<budget>` before its suffix."""
+    if output is None:
+        return []
+    if output.suffix != ".json":
+        raise UserError(f"'{output}' must end in .json.")
+    if len(pairs) == 1:
+        return [output]
+    labels = [f"{re.sub(r'[^A-Za-z0-9_.]+', '-', Path(name).name)}-{budget}" for name, budget in pairs]
+    if len(set(labels)) < len(labels):
+        raise UserError(
+            "Two of the drafters have the same folder name, so their result files would collide; rename one."
+        )
+    return [output.with_name(f"{output.stem}-{label}.json") for label in labels]

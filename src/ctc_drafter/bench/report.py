@@ -1,0 +1,122 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .measure import PARTS, Result
+
+
+def report_console() -> Console:
+    """A console on standard output, wide enough for the tables when that is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """`value` with `digits` decimals, or a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def share(part: int | None, whole: int) -> str:
+    """`n of m`, green when all; a dash for sampled answers, which cannot be compared token by token."""
+    if part is None:
+        return "-"
+    return f"[{'green' if part == whole else 'red'}]{part} of {whole}[/]"
+
+
+def print_report(console: Console, results: Sequence[Result]) -> None:
+    """Totals, categories, acceptance and time split of every contender; what was left out is said."""
+    if not any(result.rows for result in results):
+        console.print("No answer was finished.")
+        return
+    console.print(totals_table(results))
+    for result in results:
+        if len(result.totals["categories"]) > 1:
+            console.print(category_table(result))
+    console.print(acceptance_table(results))
+    console.print(split_table(results))
+    console.print(f"Peak memory of the process: {number(results[0].totals['peak_memory_mb'], 0)} MB.")
+    for result in results:
+        label, totals = _label(result), result.totals
+        if totals["identical"] is not None and totals["identical"] < totals["answers"]:
+            console.print(
+                f"{label}: {totals['answers'] - totals['identical']} answers differ from plain decoding; the largest "
+                f"gap between the two tokens at a first difference is {number(totals['largest_gap'], 4)} nat."
+            )
+        if totals["looped"]:
+            console.print(
+                f"{label}: {totals['looped']} of {totals['answers']} answers end in a loop, which flatters tau."
+            )
+    if results[0].skipped:
+        console.print(f"{len(results[0].skipped)} prompts did not fit the context and were left out.")
+    if not results[0].complete:
+        console.print("[yellow]Interrupted: the numbers cover the answers finished so far.[/]")
+
+
+def totals_table(results: Sequence[Result]) -> Table:
+    """One line per contender."""
+    table = _table("drafter", "budget", "tau", "tokens/s", "plain", "speedup", "efficiency", "identical", "looped")
+    for result in results:
+        table.add_row(*_line([result.name, str(result.budget)], result.totals))
+    return table
+
+
+def category_table(result: Result) -> Table:
+    """One line per category of one contender."""
+    table = _table(
+        _label(result), "answers", "tau", "tokens/s", "plain", "speedup", "efficiency", "identical", "looped"
+    )
+    for name, totals in result.totals["categories"].items():
+        table.add_row(*_line([name, str(totals["answers"])], totals))
+    return table
+
+
+def acceptance_table(results: Sequence[Result]) -> Table:
+    """Share of steps that accepted the k-th draft token."""
+    longest = max(len(result.totals["acceptance_at"]) for result in results)
+    shown = min(longest, 8)
+    table = _table("acceptance at", *(str(k) for k in range(1, shown + 1)))
+    for result in results:
+        rates = result.totals["acceptance_at"][:shown]
+        table.add_row(_label(result), *(number(100 * rate, 1, "%") for rate in rates), *["-"] * (shown - len(rates)))
+    return table
+
+
+def split_table(results: Sequence[Result]) -> Table:
+    """Where a verification step's time goes."""
+    table = _table("time of a step", *PARTS, "microseconds")
+    for result in results:
+        split = result.totals["split"]
+        shares = (None if split[part] is None else 100 * split[part] for part in PARTS)
+        table.add_row(_label(result), *(number(s, 1, "%") for s in shares), number(split["microseconds"]["step"], 0))
+    return table
+
+
+def _line(first: list[str], totals: dict[str, Any]) -> list[str]:
+    return [
+        *first,
+        number(totals["tau"]),
+        number(totals["tokens_per_second"], 1),
+        number(totals["plain_tokens_per_second"], 1),
+        number(totals["speedup"]),
+        number(totals["efficiency"]),
+        share(totals["identical"], totals["answers"]),
+        str(totals["looped"]),
+    ]
+
+
+def _label(result: Result) -> str:
+    return f"{result.name}, budget {result.budget}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table

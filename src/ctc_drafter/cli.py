@@ -1,0 +1,357 @@
+"""The command line. Each command is a thin call into a room of the package, imported only when it runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .acceptance import Sampling
+    from .target import Target
+
+app = typer.Typer(
+    name="ctc-drafter",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BUDGET = 16
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            _fail(str(error), 2)
+        except KeyboardInterrupt:
+            _fail("Interrupted.", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+            sys.exit(141)
+
+    return app.command()(guarded)
+
+
+TargetName = Annotated[
+    str | None, typer.Option("--target", help="Model folder or hub name. Default: the embedded target.")
+]
+DrafterName = Annotated[
+    str | None, typer.Option("--drafter", help="Drafter folder, `ctc` (embedded, the default), `paper` or `none`.")
+]
+Budget = Annotated[int, typer.Option("--budget", min=1, help="Draft nodes scored per step.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total mass.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
+Repetition = Annotated[float, typer.Option("--repetition-penalty", help="1 is off.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's own choice.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer after this text; repeatable.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many prompts (of each file).")]
+Raw = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Recipe = Annotated[Path | None, typer.Option("--config", help="YAML recipe; the other options win over it.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ctc-drafter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Lossless speculative decoding of frozen Hugging Face LLMs: the same text, sooner."""
+
+
+@command
+def demo(
+    target: TargetName = None,
+    drafter: DrafterName = None,
+    max_new_tokens: MaxNewTokens = 128,
+    budget: Budget = BUDGET,
+    limit: Limit = None,
+    live: Annotated[
+        bool, typer.Option("--live/--no-live", help="Stream both runs, or print each when finished.")
+    ] = True,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the last screen.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Watch one model answer twice, plainly and drafted: the same text, sooner.
+
+    Ends with exit code 1 if an answer differs in float32.
+    """
+    from .bench.demo import run_demo
+    from .bench.prompts import demo_prompts
+    from .bench.report import report_console
+
+    loaded = _load_target(target, dtype, device, threads, trust_remote_code)
+    console = report_console()
+    same = run_demo(
+        loaded,
+        _load_drafter(drafter, loaded),
+        demo_prompts(limit),
+        console,
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        live=live and console.is_terminal,
+        svg=svg,
+    )
+    if not same and str(loaded.dtype) == "torch.float32":
+        raise typer.Exit(1)
+
+
+@command
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The question, or - to read it from standard input.")],
+    target: TargetName = None,
+    drafter: DrafterName = None,
+    max_new_tokens: MaxNewTokens = 256,
+    budget: Budget = BUDGET,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    raw: Raw = False,
+    stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Stream the answer to one prompt."""
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    text = _read_stdin() if prompt == "-" else prompt
+    if not text.strip():
+        raise UserError("The prompt is empty; give some text, or - to read it from standard input.")
+    from .bench.measure import Answer, encode, timed
+    from .bench.report import number
+    from .decoding import generate as steps_of
+    from .streaming import TextStream
+
+    loaded = _load_target(target, dtype, device, threads, trust_remote_code)
+    chosen = _load_drafter(drafter, loaded)
+    ids = encode(loaded, [{"role": "user", "content": text}], raw)
+    answer, stream = Answer(), TextStream(loaded.tokenizer)
+    steps = steps_of(
+        loaded, chosen, ids, max_new_tokens=max_new_tokens, budget=budget, sampling=sampling, stop=stop or ()
+    )
+    for step in timed(steps, answer, loaded):
+        _write(stream.push(step.tokens))
+    _write(stream.finish() + "\n")
+    if stats:
+        tau = "" if chosen.name == "none" else f", tau {number(answer.tau)} in {len(answer.accepted)} steps"
+        rate = number(answer.tokens_per_second, 1)
+        print(f"{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {rate} tokens/s{tau}", file=sys.stderr)
+
+
+@command
+def bench(
+    prompts: Annotated[list[Path], typer.Option("--prompts", help='JSONL of {"id","category","turns"}; repeatable.')],
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Result file; one per drafter and budget if several.")
+    ] = None,
+    target: TargetName = None,
+    drafter: Annotated[list[str] | None, typer.Option("--drafter", help="As for generate; repeatable.")] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option("--budget", min=1, help="Draft nodes per step; repeatable.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    limit: Limit = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    raw: Raw = False,
+    skip_too_long: Annotated[
+        bool, typer.Option("--skip-too-long", help="Leave out prompts beyond the context.")
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure drafters against plain decoding on prompt files, interleaved prompt by prompt."""
+    arguments = dict(locals())
+    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    from .bench.command import run_bench
+
+    run_bench(
+        lambda: _load_target(target, dtype, device, threads, trust_remote_code),
+        prompts,
+        drafters=drafter or ["ctc"],
+        budgets=budget or [BUDGET],
+        output=json,
+        overwrite=overwrite,
+        limit=limit,
+        arguments={k: _plain(v) for k, v in arguments.items()},
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        raw=raw,
+        skip_too_long=skip_too_long,
+        profile=profile,
+    )
+
+
+@command
+def distill(
+    config: Recipe = None,
+    target: TargetName = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompts", help="JSONL of prompts or chats; repeatable.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", help="JSONL to write; a rerun continues it.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Answers generated at once.")] = None,
+    limit: Limit = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+) -> None:
+    """Write the target's own answers to prompts: what drafters are trained on."""
+    from .config import load_recipe
+    from .training.distill import DistillConfig
+    from .training.distill import distill as run
+
+    given: dict[str, Any] = {"target": target, "prompts": prompts, "output": output, "max_new_tokens": max_new_tokens}
+    given |= {"batch": batch, "limit": limit, "temperature": temperature}
+    print(f"Answers: {run(load_recipe(DistillConfig, config, given))}")
+
+
+@command
+def train(
+    config: Recipe = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="JSONL of chats or texts; repeatable.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="Drafter folder to write; a rerun resumes it.")] = None,
+    target: TargetName = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a drafter for a target."""
+    from .config import load_recipe
+    from .training.trainer import TrainConfig
+    from .training.trainer import train as run
+
+    recipe = load_recipe(TrainConfig, config, {"data": data, "output": output, "target": target, "steps": steps})
+    if dry_run:
+        _print_recipe(recipe)
+    else:
+        print(f"Drafter: {run(recipe)}")
+
+
+@command
+def pretrain(
+    config: Recipe = None,
+    output: Annotated[str | None, typer.Option("--output", help="Model folder to write; a rerun resumes it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a small target from scratch, as the embedded one was."""
+    from .config import load_recipe
+    from .training.pretrain import PretrainConfig
+    from .training.pretrain import pretrain as run
+
+    recipe = load_recipe(PretrainConfig, config, {"output": output})
+    if dry_run:
+        _print_recipe(recipe)
+    else:
+        print(f"Target: {run(recipe)}")
+
+
+def main() -> None:
+    """Entry point of `ctc-drafter` and `python -m ctc_drafter`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("Interrupted.", 130)
+
+
+# ---------------------------------------------------------------- shared by the commands
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _load_target(name: str | None, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> Target:
+    import torch
+    from transformers.utils import logging
+
+    from .target import Target
+
+    logs: Any = logging
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Target.load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _load_drafter(name: str | None, target: Target) -> Any:
+    from .drafters import load_drafter
+
+    return load_drafter(name, target)
+
+
+def _sampling(*values: Any) -> Sampling:
+    from .acceptance import Sampling
+
+    return Sampling(*values)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError("Standard input is not UTF-8 text; convert it first.") from None
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON holds it."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _print_recipe(recipe: Any) -> None:
+    from dataclasses import asdict
+
+    import yaml
+
+    print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="")

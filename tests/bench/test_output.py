@@ -1,0 +1,92 @@
+"""What people and programs read: tables, the result file, the demo."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ctc_drafter.bench.command import output_files
+from ctc_drafter.bench.demo import run_demo
+from ctc_drafter.bench.measure import Result
+from ctc_drafter.bench.prompts import Prompt
+from ctc_drafter.bench.report import print_report
+from ctc_drafter.bench.results import check_output, document, write_json
+from ctc_drafter.drafters import load_drafter
+from ctc_drafter.errors import UserError
+from ctc_drafter.target import Target
+
+ROW = {
+    "id": 1,
+    "category": "a",
+    "turn": 0,
+    "tokens": 5,
+    "steps": 2,
+    "seconds": 0.5,
+    "plain_tokens": 5,
+    "plain_seconds": 1.0,
+    "identical": True,
+    "gap": 0.0,
+    "looped": False,
+    "accepted": [1, 1],
+    "parts": {"prefill": 0.1, "draft": 0.1, "tree": 0.1, "score": 0.1, "accept": 0.05, "commit": 0.05},
+}
+
+
+def console(**options: object) -> Console:
+    return Console(file=io.StringIO(), width=110, **options)  # type: ignore[arg-type]
+
+
+def text(of: Console) -> str:
+    assert isinstance(of.file, io.StringIO)
+    return of.file.getvalue()
+
+
+def test_report_says_what_flatters_and_what_differs() -> None:
+    rows = [ROW, {**ROW, "category": "b", "identical": False, "gap": 0.03, "looped": True}]
+    out = console()
+    print_report(out, [Result("ctc", 16, 10, rows, complete=False)])
+    shown = text(out)
+    assert "2.00" in shown and "1 of 2" in shown and "0.0300 nat" in shown
+    assert "1 of 2 answers end in a loop" in shown and "Interrupted" in shown
+    empty = console()
+    print_report(empty, [Result("ctc", 16, 10)])
+    assert "No answer was finished" in text(empty)
+
+
+def test_result_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    check_output(path, overwrite=False)
+    result = Result("ctc", 16, 10, [ROW], complete=True)
+    write_json(path, document(result, {"name": "t"}, {"limit": 1}))
+    read = json.loads(path.read_text())
+    assert read["rows"] == [ROW] and read["totals"]["tau"] == 2.0 and read["machine"]["cores"]
+    with pytest.raises(UserError, match="exists already"):
+        check_output(path, overwrite=False)
+    check_output(path, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def test_each_contender_gets_a_file_of_its_own() -> None:
+    pairs = [("ctc", 8), ("some/folder", 16)]
+    assert [p.name for p in output_files(Path("r.json"), pairs)] == ["r-ctc-8.json", "r-folder-16.json"]
+    assert output_files(Path("r.json"), pairs[:1]) == [Path("r.json")]
+    with pytest.raises(UserError, match="collide"):
+        output_files(Path("r.json"), [("a/x", 8), ("b/x", 8)])
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_demo_shows_both_runs_and_their_identity(
+    target: Target, drafter_folder: Path, tmp_path: Path, live: bool
+) -> None:
+    out = console(force_terminal=live)
+    prompts = [Prompt("one", "a", ("How many apples?",)), Prompt("two", "a", ("Déjà vu?",))]
+    drafter = load_drafter(str(drafter_folder), target)
+    picture = tmp_path / "demo.svg"
+    assert run_demo(target, drafter, prompts, out, max_new_tokens=24, budget=4, live=live, svg=picture)
+    assert "plain" in text(out) and "drafted" in text(out) and "2 of 2" in text(out)
+    assert "All 2 answers are identical" in text(out)
+    assert picture.read_text().startswith("<svg")

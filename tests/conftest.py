@@ -1,0 +1,69 @@
+"""Shared fixtures: a tiny random Llama with its own tokenizer and chat template, and drafters for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ctc_drafter.drafters import CTCConfig, CTCDrafter
+from ctc_drafter.target import Target
+from ctc_drafter.training.tokenizer import train_tokenizer
+
+CONTEXT = 192
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "Nora picks twelve apples every morning and gives half of them to her neighbor.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
+    "Déjà vu: naïve café, 你好世界, emoji 🙂🚀 and more.",
+    "How many apples are left? There are 6 apples left. The answer is 6.",
+]
+
+
+def build_target(folder: Path, seed: int = 0, chat: bool = True) -> Path:
+    """Write a Llama of two layers with random weights and a byte-level tokenizer of 512 entries."""
+    tokenizer = train_tokenizer(TEXTS * 8, 512, CONTEXT)
+    if not chat:
+        tokenizer.chat_template = None
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_drafter(folder: Path, target: Target, **config: object) -> Path:
+    """Write a CTC drafter with random weights for `target`."""
+    torch.manual_seed(1)
+    CTCDrafter(CTCConfig(slots=5, labels=4, **config), target).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_target(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def target(target_folder: Path) -> Target:
+    return Target.load(target_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def drafter_folder(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_drafter(tmp_path_factory.mktemp("drafters") / "tiny-ctc", target, context_rank=8)
