@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -30,16 +32,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature must not be negative, not {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be finite and not negative, not {self.temperature}.")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (off) or a positive count, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], not {self.top_p}.")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min_p must be in [0, 1], not {self.min_p}.")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty must be positive, not {self.repetition_penalty}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}.")
 
     def processors(self) -> LogitsProcessorList:
         """The processors in the order in which `generate` of transformers applies them."""
@@ -67,7 +69,7 @@ class Chooser:
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
-        self._processors = sampling.processors()
+        self._processors: Any = sampling.processors()
         self._generator = None
         if sampling.temperature > 0:
             self._generator = torch.Generator(device)
@@ -95,14 +97,17 @@ class Chooser:
 
 
 def accepted_path(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The longest path from the root on which every node carries the token chosen at its parent.
+    """The path from the root on which every node is the first child that carries the token chosen at its parent.
+
+    Only the first of equal siblings counts: each has a draw of its own, and preferring the one whose draw leads deeper
+    would favour the tokens that the drafter guessed.
 
     chosen (B, M+1) -> path (B, M+1): indices into root + nodes, the root first, filled up with M+1; length (B,): how
     many of them count, at least 1.
     """
     batch, size = chosen.shape
     agrees = torch.ones_like(chosen, dtype=torch.bool)
-    agrees[:, 1:] = tree.tokens == chosen.gather(1, tree.parents + 1)
+    agrees[:, 1:] = (tree.tokens == chosen.gather(1, tree.parents + 1)) & ~_repeats(tree)
     alive = (agrees[:, None, :] | ~ancestors).all(-1)
     depth = ancestors.sum(-1)
     leaf = (depth * alive).argmax(-1)
@@ -110,3 +115,9 @@ def accepted_path(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor
     index = torch.arange(size, device=chosen.device)
     path = torch.where(on_path, index, size).sort(-1).values
     return path, on_path.sum(-1)
+
+
+def _repeats(tree: DraftTree) -> torch.Tensor:
+    """Whether an earlier sibling carries the same token, (B, M) bool."""
+    edge = (tree.parents << 32) + tree.tokens  # one number for each (parent, token)
+    return (edge[:, :, None] == edge[:, None]).tril(-1).any(-1)

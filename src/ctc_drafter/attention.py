@@ -29,7 +29,12 @@ def packed_sdpa(
     one after another over the same keys instead, which gives the same numbers and touches the cache once.
     """
     heads, groups, q = query.shape[1], key.shape[1], query.shape[2]
-    if attention_mask is None or heads == groups or attention_mask.shape[1] != 1 or options.get("position_bias") is not None:
+    if (
+        attention_mask is None
+        or heads == groups
+        or attention_mask.shape[1] != 1
+        or options.get("position_bias") is not None
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     share = heads // groups
     packed = query.reshape(query.shape[0], groups, share * q, query.shape[3])

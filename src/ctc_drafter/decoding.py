@@ -79,17 +79,18 @@ def generate(
     room = target.max_context - len(prompt_ids)
     if room <= 0:
         raise UserError(
-            f"The prompt has {len(prompt_ids)} tokens and the context of '{target.name}' ends at {target.max_context}; shorten it."
+            f"The prompt has {len(prompt_ids)} tokens and "
+            f"the context of '{target.name}' ends at {target.max_context}; shorten it."
         )
     if max_new_tokens < 1 or budget < 0:
         raise UserError("max_new_tokens must be at least 1 and budget at least 0.")
     ending = _Ending(target, stop, min(max_new_tokens, room))
     chooser = Chooser(sampling or Sampling(), target.device)
     cache = target.new_cache(len(prompt_ids) + ending.limit + budget + 1)
-    target.capture(drafter.feature_layers)
 
     clock = _Clock(target.device, profile)
     drafter.start(cache.capacity)
+    target.capture(drafter.feature_layers)
     logits, features = target.prefill(prompt_ids, cache)
     empty = DraftTree.empty(1, target.device)
     root = chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
@@ -109,6 +110,7 @@ def generate(
         tree = drafter.tree(guess, budget)
         clock.lap("tree")
         ancestors = tree.ancestor_mask()
+        target.capture(drafter.feature_layers)  # another generation may have run since the last yield
         logits, scored = target.score(root, tree, ancestors, cache)
         clock.lap("score")
         chosen = chooser.choose(logits, tree, ancestors, context)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import UserError
 
@@ -15,35 +18,45 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
     An error (a full disk, Ctrl-C) leaves the old `path` untouched and removes the half-written sibling.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
+    old = path.with_name(f".{path.name}.old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         write(aside)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(aside, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"'{path}' could not be written ({error.strerror or error}); the earlier state is kept."
-        ) from None
+        _swap(aside, path, old)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{path}' could not be written ({reason}); the earlier state is kept.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `path`; if that fails, put `path` back."""
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` through a temporary sibling and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise UserError(
             f"'{path}' could not be written ({error.strerror or error}); the earlier file is kept."
         ) from None

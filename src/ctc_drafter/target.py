@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
@@ -27,9 +27,9 @@ class Target:
     from 1) concatenated on the last axis, (1, q, F * hidden_size).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.name = name
         config = self.model.config.get_text_config()
         self.config = config
@@ -86,14 +86,17 @@ class Target:
         try:
             config = AutoConfig.from_pretrained(path, **options)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=kind, use_safetensors=True, **options
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
         config = model.config.get_text_config()
-        if config._attn_implementation == "sdpa" and getattr(config, "num_key_value_heads", None) != config.num_attention_heads:
+        if (
+            config._attn_implementation == "sdpa"
+            and getattr(config, "num_key_value_heads", None) != config.num_attention_heads
+        ):
             model.set_attn_implementation(GROUPED_ATTENTION)
         target = cls(model.to(where), tokenizer, target_name(path))
         target.self_test()
@@ -105,19 +108,24 @@ class Target:
         """Choose the layers whose outputs `prefill` and `score` return as features (empty: none)."""
         if tuple(layers) == self._layers:
             return
+        self.check_layers(layers)
+        # Some models call the decoder inside their base model directly, so the base model's own hook would stay silent.
+        modules = [
+            self.model.get_decoder() if i == LAST else _decoder_layers(self.model, self.num_layers)[i - 1]
+            for i in layers
+        ]
         for hook in self._hooks:
             hook.remove()
-        blocks = _decoder_layers(self.model, self.num_layers)
+        self._layers = tuple(layers)
+        self._hooks = [
+            module.register_forward_hook(self._store_output(i)) for i, module in zip(self._layers, modules)
+        ]
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise UserError if there is no such feature layer."""
         bad = [i for i in layers if i != LAST and not 1 <= i <= self.num_layers]
         if bad:
             raise UserError(f"Target '{self.name}' has layers 1..{self.num_layers}, so no feature layer {bad[0]}.")
-        self._layers = tuple(layers)
-        self._hooks = []
-        for i in self._layers:
-            if i == LAST:
-                self._hooks.append(self.model.base_model.register_forward_hook(self._store_output(LAST)))
-            else:
-                self._hooks.append(blocks[i - 1].register_forward_hook(self._store_output(i)))
 
     def _store_output(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -199,12 +207,18 @@ class Target:
 
     @torch.inference_mode()
     def self_test(self) -> None:
-        """Score a small tree in one pass and branch by branch, also after compaction; raise UserError if they differ."""
+        """Score a tree in one pass and branch by branch, also after compaction; raise UserError if they differ."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, min(self.vocab_size, 1000), (16,), generator=generator).tolist()
         prompt, root, nodes, after = ids[:8], ids[8], ids[9:14], ids[14]
         paths = [[nodes[0], nodes[1], nodes[2]], [nodes[0], nodes[3]], [nodes[4]]]
         advice = "it can only be used by its own generate()"
+        odd = _layer_kinds(self.config) - {"full_attention", "sliding_attention", "global"}
+        if odd:
+            raise UserError(
+                f"'{self.name}' ({self.config.model_type}) has layers of kind {', '.join(sorted(odd))}, which cannot "
+                f"take a tree mask, so {advice}."
+            )
         try:
             tree = DraftTree.from_paths([paths], budget=5, device=self.device)
             cache = self.new_cache(32)
@@ -215,7 +229,8 @@ class Target:
             pairs = [(scored[0, 0], prompt + [root])]
             tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
             for i in range(5):
-                branch, node = [], i
+                branch: list[int] = []
+                node = i
                 while node >= 0:
                     branch.insert(0, tokens[node])
                     node = parents[node]
@@ -285,7 +300,7 @@ def _check_folder(path: Path) -> None:
         raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
 
 
-def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids: set[int] = set()
     sources = [tokenizer.eos_token_id, model.config.get_text_config().eos_token_id]
     if getattr(model, "generation_config", None) is not None:
@@ -296,12 +311,18 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ids)
 
 
+def _layer_kinds(config: Any) -> set[str]:
+    """What kinds of layers the config names, if any; a short self-test cannot see all that they do to long texts."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    return set(kinds) if isinstance(kinds, (list, tuple)) else set()
+
+
 def _windows(config: Any) -> dict[str, int | None]:
     """Attention window (in positions) of each kind of layer; None is full attention."""
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
-    kinds = set(getattr(config, "layer_types", None) or [])
+    kinds = _layer_kinds(config)
     if not kinds:
         return {"full_attention": window}
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}

@@ -12,7 +12,6 @@ from ctc_drafter.bench.measure import (
     Row,
     acceptance_at,
     compare,
-    ends_in_loop,
     first_gap,
     measure,
     timed,
@@ -22,6 +21,7 @@ from ctc_drafter.bench.prompts import Prompt
 from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.loops import ends_in_loop
 from ctc_drafter.target import Target
 
 PHASES = {"draft": 0.1, "tree": 0.1, "score": 0.6, "accept": 0.15, "commit": 0.05}

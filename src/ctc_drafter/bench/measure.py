@@ -25,6 +25,7 @@ from ..acceptance import Sampling
 from ..decoding import Step, generate
 from ..drafters import Drafter, load_drafter
 from ..errors import UserError
+from ..loops import ends_in_loop
 from ..target import Target
 from .prompts import Prompt
 
@@ -270,15 +271,6 @@ def split(parts: Sequence[dict[str, float]], steps: int) -> dict[str, Any]:
     whole = sum(seconds.values())
     micro = {name: _ratio(1e6 * s, steps) for name, s in {**seconds, "step": whole}.items()}
     return {**{name: _ratio(s, whole) for name, s in seconds.items()}, "microseconds": micro}
-
-
-def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Whether, for some period p, the last max(4 p, 32) tokens repeat with period p (8 tokens four times over)."""
-    for period in range(1, len(tokens) // 4 + 1):
-        tail = tokens[-max(4 * period, 32) :]
-        if len(tail) >= 32 and tail[period:] == tail[:-period]:
-            return True
-    return False
 
 
 @torch.inference_mode()

@@ -4,59 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from .. import __version__
+from ..environment import machine, versions
 from ..errors import UserError
 from ..files import write_text
 from .measure import Result
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "memory_gb": round(pages / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Python, torch, transformers, this package, and its git commit where it runs from a checkout."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ctc_drafter": __version__,
-        "git_commit": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this package lies in (`-dirty` if changed); None outside of one."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True, timeout=10).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def document(result: Result, target: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -103,13 +60,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     return value
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

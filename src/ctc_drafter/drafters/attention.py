@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,8 +60,8 @@ class DraftLayer(nn.Module):
 class DraftModule(nn.Module):
     """Fuse (feature, next token) pairs into a context, and run N slot queries over it.
 
-    The pair j stands at position j + 1, that of its token; slot i of anchor t at position t + 2 + i. A slot query is the
-    newest pair (which holds the root) plus the slot's own embedding.
+    The pair j stands at position j + 1, that of its token; slot i of anchor t at position t + 2 + i. A slot query is
+    the newest pair (which holds the root) plus the slot's own embedding.
     """
 
     cos: torch.Tensor
@@ -74,7 +76,8 @@ class DraftModule(nn.Module):
         self.feature_norm = nn.Parameter(torch.ones(features, width))
         self.fuse = nn.Linear((features + 1) * width, width, bias=False)
         self.slot_embedding = nn.Parameter(torch.randn(slots, width) * 0.02)
-        self.layers = nn.ModuleList([DraftLayer(width, inner, heads, kv_heads, eps) for _ in range(layers)])
+        # Typed as what it holds; nn.ModuleList itself only knows Module.
+        self.layers: Any = nn.ModuleList([DraftLayer(width, inner, heads, kv_heads, eps) for _ in range(layers)])
         self.norm = nn.RMSNorm(width, eps)
         cos, sin = rope_table(positions + slots + 2, width // heads, 10_000.0)
         self.register_buffer("cos", cos, persistent=False)
@@ -121,7 +124,7 @@ class DraftModule(nn.Module):
 
     def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """context (B, T, width), anchors (B, A) -> slots (B, A, N, width); the same numbers as `step`, many at once."""
-        batch, length, width = context.shape
+        _, length, width = context.shape
         count = anchors.shape[1]
         x = context.gather(1, anchors[..., None].expand(-1, -1, width))[:, :, None] + self.slot_embedding
         positions = anchors[..., None] + 2 + torch.arange(self.slots, device=anchors.device)

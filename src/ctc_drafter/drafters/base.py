@@ -139,18 +139,19 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
-        fields = content["drafter"]
+        fields = dict(content["drafter"])
+        cls: Any = DRAFTERS.get(kind)
+        made_for = {key: verifier.get(key) for key in ("name_or_path", "hidden_size", "vocab_size", "probe")}
     except FileNotFoundError:
         raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({error!r}).") from None
-    if kind not in DRAFTERS:
-        raise UserError(
-            f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(sorted(DRAFTERS))}."
-        )
-    _check_target(folder, verifier, target)
-    cls: Any = DRAFTERS[kind]
+    if cls is None or not issubclass(cls, TrainableDrafter):
+        known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
+        raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
+    _check_target(folder, made_for, target)
     drafter: TrainableDrafter = cls(from_mapping(cls.config_class, fields, str(folder / "config.json")), target)
+    target.check_layers(drafter.feature_layers)
     with torch.no_grad():
         for p in drafter.parameters():
             p.fill_(torch.nan)  # a weight that is not loaded must show

@@ -19,6 +19,7 @@ from ..lattice.loss import (
     prefix_objective,
 )
 from ..lattice.prefix import best_prefixes, pool_lattice, pool_tokens
+from ..errors import UserError
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule
@@ -61,6 +62,12 @@ class CTCConfig:
     def __post_init__(self) -> None:
         if self.layers < 1 or self.slots < 1 or not 1 <= self.labels <= self.slots:
             raise ValueError("a CTC drafter needs layers >= 1 and 1 <= labels <= slots")
+        if not self.feature_layers:
+            raise ValueError("a CTC drafter needs at least one of the target's layers in feature_layers")
+        if min(self.context_rank, self.pool, self.beam, self.path_count, self.path_top_k) < 1:
+            raise ValueError("context_rank, pool, beam, path_count and path_top_k must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError("decay must be in (0, 1]")
         if self.topology == "label-context" and self.tree == "paths":
             raise ValueError("tree 'paths' collapses independent slots, so it needs topology 'merge'")
 
@@ -86,6 +93,11 @@ class CTCDrafter(TrainableDrafter):
         config.intermediate_size = config.intermediate_size or 2 * width
         config.heads = config.heads or max(1, width // 64)
         config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
+        if width % config.heads or width // config.heads % 2 or config.heads % config.kv_heads:
+            raise UserError(
+                f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: heads must "
+                "divide the width into parts of even size, and kv_heads must divide heads."
+            )
         self.feature_layers = tuple(config.feature_layers)
         self.module = DraftModule(
             width,

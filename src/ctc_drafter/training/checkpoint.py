@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def save_training_state(
-    path: Path, weights: dict[str, torch.Tensor], optimizers: Optimizers, meta: dict[str, Any]
+    path: Path, weights: Mapping[str, torch.Tensor], optimizers: Optimizers, meta: dict[str, Any]
 ) -> None:
     """Write weights, optimizer tensors and `meta` (JSON) under the folder `path`, atomically."""
     tensors = {f"weight/{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
@@ -32,7 +33,7 @@ def save_training_state(
     write_folder(path, write)
 
 
-def load_training_state(path: Path, weights: dict[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:
+def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:
     """Copy a state written by `save_training_state` into `weights` and `optimizers` in place; return its meta."""
     try:
         meta: dict[str, Any] = json.loads((path / "state.json").read_text())

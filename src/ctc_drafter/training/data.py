@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from ..errors import UserError
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -62,7 +60,7 @@ def copies(row: dict[str, Any], rate: float) -> int:
     return int(rate) + ((text_key(json.dumps(row)) % 10_000) / 10_000 < rate % 1)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of a chat and its loss mask (1 on the assistant's tokens, the end-of-turn token included).
 
     The mask comes from the template's own `{% generation %}` marks; without them, from rendering the chat up to each
@@ -80,7 +78,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
     return ids, mask
 
 
-def _ids_by_nesting(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def _ids_by_nesting(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     mask: list[int] = []
     for i, message in enumerate(messages):
@@ -97,7 +95,7 @@ def _ids_by_nesting(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
     return ids, mask
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a chat up to and including the generation prompt."""
     out = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(out["input_ids"])

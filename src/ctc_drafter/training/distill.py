@@ -20,11 +20,12 @@ from .data import copies, example_key, read_jsonl
 class DistillConfig:
     """Recipe of a distilled data set."""
 
-    target: str
     prompts: list[str]
     """JSONL files with `messages` (all up to the first answer is the prompt) or `turns` (the first one is)."""
     output: str
     """JSONL file of {id, source, prompt_ids, answer_ids, answer}; continued if it exists."""
+    target: str | None = None
+    """Model folder or hub name; None: the embedded target."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each `source` (0..1) to use; 1.0 if absent."""
     limit: int = 0

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from ..files import write_folder
@@ -110,7 +110,7 @@ def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> PreTrainedTokenizerBase:
+def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
     folder = work / "tokenizer"
     if not folder.exists():
         task = progress.add_task("tokenizer", total=None)
@@ -123,8 +123,7 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> PreTra
         fresh = train_tokenizer(texts(), config.vocab_size, config.context)
         write_folder(folder, lambda f: fresh.save_pretrained(f))
         progress.remove_task(task)
-    loaded: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
-    return loaded
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _ngrams(text: str, n: int = 13) -> set[int]:
@@ -132,9 +131,7 @@ def _ngrams(text: str, n: int = 13) -> set[int]:
     return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
 
 
-def _encode(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
-) -> tuple[list[int], list[int]]:
+def _encode(config: PretrainConfig, tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     if "messages" in row:
         ids, mask = chat_ids(tokenizer, row["messages"])
         return ids, mask if row["source"] in config.answers_only else [1] * len(ids)
@@ -145,7 +142,7 @@ def _encode(
 
 
 def _blocks(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, work: Path, progress: Progress
+    config: PretrainConfig, tokenizer: Any, work: Path, progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed training and held-out blocks: int32 (n, 2, block): token ids, and labels with -100 where masked."""
     path = work / "blocks.safetensors"
@@ -154,7 +151,7 @@ def _blocks(
         for file in config.exclude:
             for _, row in read_jsonl(file):
                 banned |= _ngrams(" ".join(row["turns"]))
-        streams: dict[str, list[list[int]]] = {"train": [], "held": []}
+        streams: dict[str, list[list[list[int]]]] = {"train": [], "held": []}
         rows = sorted(_rows(config), key=lambda r: text_key(json.dumps(r) + str(config.seed)))
         task = progress.add_task("tokenizing", total=len(rows))
         dropped = 0
@@ -172,7 +169,7 @@ def _blocks(
                 continue
             ids, mask = _encode(config, tokenizer, row)
             pair = [ids, [i if m else IGNORE for i, m in zip(ids, mask)]]
-            streams["held" if held else "train"].extend([pair] * count)  # type: ignore[arg-type]
+            streams["held" if held else "train"].extend([pair] * count)
         progress.console.print(
             f"{dropped} training rows dropped for an overlap with {len(config.exclude)} prompt files"
         )
@@ -236,7 +233,7 @@ def _chunk_step(
     return loss, grad @ weight, grad.T @ hidden
 
 
-def _loss(model: LlamaForCausalLM, body: Callable[..., Any], block: torch.Tensor, chunk_step: Any) -> torch.Tensor:
+def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step: Any) -> torch.Tensor:
     hidden = body(input_ids=block[:, 0].long(), use_cache=False).last_hidden_state
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     labels = block[:, 1, 1:].reshape(-1).long()
@@ -248,14 +245,14 @@ def _loss(model: LlamaForCausalLM, body: Callable[..., Any], block: torch.Tensor
 
 def _optimize(
     config: PretrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     blocks: torch.Tensor,
     held: torch.Tensor,
     work: Path,
     progress: Progress,
-) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
+) -> tuple[Any, list[dict[str, float]]]:
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -272,8 +269,8 @@ def _optimize(
     )
     masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     model = model.to(torch.bfloat16)
-    chunk_step = partial(_chunk_step, z_loss=config.z_loss)
-    body = model.model
+    chunk_step: Any = partial(_chunk_step, z_loss=config.z_loss)
+    body: Any = model.model
     if config.compile:
         body, chunk_step = torch.compile(body), torch.compile(chunk_step)
     optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
@@ -311,8 +308,8 @@ def _optimize(
 
 def _against_loops(
     config: PretrainConfig,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     blocks: torch.Tensor,
     work: Path,
     progress: Progress,
@@ -344,7 +341,7 @@ def _against_loops(
     return history
 
 
-def _copy_back(model: LlamaForCausalLM, masters: dict[str, torch.Tensor]) -> None:
+def _copy_back(model: Any, masters: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(masters[name])
@@ -359,7 +356,7 @@ def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Ten
 
 
 @torch.no_grad()
-def _held_out_loss(model: LlamaForCausalLM, held: torch.Tensor, config: PretrainConfig, limit: int = 48) -> float:
+def _held_out_loss(model: Any, held: torch.Tensor, config: PretrainConfig, limit: int = 48) -> float:
     losses = [
         _loss(model, model.model, held[i : i + config.batch], partial(_chunk_step, z_loss=0.0)).item()
         for i in range(0, min(limit, len(held)), config.batch)

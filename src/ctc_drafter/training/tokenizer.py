@@ -11,7 +11,8 @@ SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}<|assistant|>"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
     "{% else %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -41,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
         tokenizer_object=tokenizer,
         bos_token="<|begin|>",
         eos_token="<|end|>",
-        pad_token="<|begin|>",
+        pad_token="<|end|>",
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )

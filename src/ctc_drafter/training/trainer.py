@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import from_mapping
 from ..drafters import DRAFTERS, TrainableDrafter
+from ..environment import versions
 from ..errors import UserError
 from ..files import write_text
 from ..target import Target
@@ -32,10 +31,11 @@ IGNORE = -100
 class TrainConfig:
     """Recipe of a drafter."""
 
-    target: str
     data: list[str]
     """JSONL files of `ctc-drafter distill`, or of `messages`."""
     output: str
+    target: str | None = None
+    """Model folder or hub name; None: the embedded target."""
     kind: str = "ctc"
     drafter: dict[str, Any] = field(default_factory=dict)
     """The drafter's own config, for `ctc` the fields of CTCConfig."""
@@ -141,7 +141,7 @@ def _sequences(config: TrainConfig, target: Target) -> tuple[list[_Sequence], li
 
 
 def _batch(sequences: list[_Sequence], step: int, config: TrainConfig) -> list[_Sequence]:
-    """The step's sequences, of similar length; the order follows from the seed alone, so that a resumed run repeats it."""
+    """The step's sequences, of similar length; the order follows from the seed alone, so that resuming repeats it."""
     per_epoch = len(sequences) // config.batch
     epoch, index = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
@@ -216,7 +216,7 @@ def _optimize(
         for step in range(start, config.steps):
             factor = learning_rate_factor(step, config.steps, config.warmup, config.decay)
             set_learning_rates(optimizers, (config.lr_matrix, config.lr_other), factor)
-            loss, metrics = _loss(config, target, drafter, _batch(train_set, step, config), config.seed * 10**6 + step)
+            loss, _ = _loss(config, target, drafter, _batch(train_set, step, config), config.seed * 10**6 + step)
             if not math.isfinite(loss.item()):
                 raise UserError(f"The loss is not finite at step {step}; the last good state is in '{state}'.")
             loss.backward()
@@ -249,15 +249,3 @@ def _held_out(
         for key, value in {"held_out": loss, **metrics}.items():
             sums[key] = sums.get(key, 0.0) + float(value)
     return {key: value / count for key, value in sums.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    from .. import __version__
-
-    return {
-        "ctc_drafter": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+from ..loops import ends_in_loop
 from .data import prompt_ids
 
 NGRAM = 4
-LOOP = 4  # repeats of one 8-gram that make an answer a loop
 
 
 def repeated(tokens: list[int], n: int = NGRAM) -> list[bool]:
@@ -32,18 +31,9 @@ def repeated(tokens: list[int], n: int = NGRAM) -> list[bool]:
     return out
 
 
-def loops(tokens: list[int], n: int = 8, times: int = LOOP) -> bool:
-    """Whether some n-gram occurs at least `times` times."""
-    counts: dict[tuple[int, ...], int] = {}
-    for i in range(len(tokens) - n + 1):
-        gram = tuple(tokens[i : i + n])
-        counts[gram] = counts.get(gram, 0) + 1
-    return max(counts.values(), default=0) >= times
-
-
 def unlikelihood(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompts: Iterable[str],
     language_loss: Callable[[int], torch.Tensor],
     *,
@@ -68,7 +58,7 @@ def unlikelihood(
     for step in range(steps):
         group = [questions[(step * batch + i) % len(questions)] for i in range(batch)]
         answers = _greedy(model, tokenizer, group, max_new_tokens)
-        bad = [(q, a) for q, a in zip(group, answers) if loops(a)]
+        bad = [(q, a) for q, a in zip(group, answers) if ends_in_loop(a)]
         looped, seen = looped + len(bad), seen + batch
         for rate in optimizer.param_groups:
             rate["lr"] = lr * min(1.0, (step + 1) / 10, (steps - step) / max(1, steps // 3))
@@ -90,9 +80,7 @@ def unlikelihood(
 
 
 @torch.inference_mode()
-def _greedy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
+def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     width = max(map(len, prompts))
     pad: Any = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
@@ -103,7 +91,7 @@ def _greedy(
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
 
-def _repetition_loss(model: LlamaForCausalLM, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def _repetition_loss(model: Any, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Mean -log(1 - p) over the repeated tokens of looping answers."""
     width = max(len(q) + len(a) for q, a in pairs)
     ids = torch.zeros(len(pairs), width, dtype=torch.long)

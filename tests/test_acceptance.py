@@ -1,0 +1,233 @@
+"""What is accepted, against a walk in plain Python; what is sampled, against the exact distribution."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctc_drafter.acceptance import Chooser, Sampling, accepted_path
+from ctc_drafter.errors import UserError
+from ctc_drafter.tree import DraftTree
+from helpers import chain, pack
+
+# ---------------------------------------------------------------- the accepted path
+
+
+def walked(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
+    """Go to the first child that carries the chosen token, as long as there is one."""
+    path = [0]
+    while True:
+        here = path[-1] - 1
+        step = [i for i, parent in enumerate(parents) if parent == here and tokens[i] == chosen[here + 1]]
+        if not step:
+            return path
+        path.append(step[0] + 1)
+
+
+def stacked(rows: list[tuple[list[int], list[int]]]) -> DraftTree:
+    trees = [pack(*row) for row in rows]
+    fields = ("tokens", "parents", "depths")
+    return DraftTree(*(torch.cat([getattr(t, name) for t in trees]) for name in fields))
+
+
+@st.composite
+def trees_and_choices(draw: st.DrawFn) -> tuple[list[tuple[list[int], list[int]]], list[list[int]]]:
+    size, batch = draw(st.integers(0, 14)), draw(st.integers(1, 4))
+    token = st.integers(0, 2)  # few, so that siblings are often equal and paths often long
+    rows = []
+    for _ in range(batch):
+        parents = [draw(st.integers(-1, i - 1)) for i in range(size)]
+        rows.append(([draw(token) for _ in range(size)], parents))
+    return rows, [[draw(token) for _ in range(size + 1)] for _ in range(batch)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(trees_and_choices())
+def test_accepted_path_is_the_walk(case: tuple[list[tuple[list[int], list[int]]], list[list[int]]]) -> None:
+    rows, chosen = case
+    tree = stacked(rows)
+    path, length = accepted_path(tree, tree.ancestor_mask(), torch.tensor(chosen))
+    size = tree.budget + 1
+    assert path.shape == (len(rows), size) and length.shape == (len(rows),)
+    for i, (tokens, parents) in enumerate(rows):
+        want = walked(tokens, parents, chosen[i])
+        assert int(length[i]) == len(want)
+        assert path[i].tolist() == want + [size] * (size - len(want))
+
+
+def test_large_token_ids() -> None:
+    tree = pack([200_000, 200_000, 1], [-1, 0, 0])
+    path, length = accepted_path(tree, tree.ancestor_mask(), torch.tensor([[200_000, 200_000, 5, 5]]))
+    assert path[0, : int(length)].tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- sampling is exact
+
+VOCAB = 6
+CONTEXT = [5, 3, 0]
+LOGITS = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
+"""LOGITS[u]: the target's logits after token u."""
+
+SETTINGS = {
+    "plain": Sampling(temperature=1.0),
+    "temperature": Sampling(temperature=0.6),
+    "top_k": Sampling(temperature=1.0, top_k=3),
+    "top_p": Sampling(temperature=1.2, top_p=0.8),
+    "min_p": Sampling(temperature=1.5, min_p=0.15),
+    "repetition_penalty": Sampling(temperature=0.9, repetition_penalty=1.7),
+    "all": Sampling(temperature=1.3, top_k=5, top_p=0.95, min_p=0.05, repetition_penalty=1.3),
+}
+
+TREES = {
+    "most likely chain": chain([int(LOGITS[0].argmax()), int(LOGITS[LOGITS[0].argmax()].argmax())]),
+    "all children": pack(list(range(VOCAB)), [-1] * VOCAB),
+    # Equal siblings, the first without children: taking the deepest agreeing branch would draw its token twice.
+    "equal siblings": pack([1, 1, 1, 4, 4, 2, 2, 0, 3, 5], [-1, -1, -1, -1, -1, 1, 2, 1, 4, 3]),
+    "one token": pack([2] * 6, [-1, 0, 0, -1, 3, 4]),
+}
+
+
+def exact(sampling: Sampling, context: list[int]) -> list[float]:
+    """The target's processed distribution of the token after `context`, from the definitions."""
+    scores = LOGITS[context[-1]].double().tolist()
+    for token in set(context):
+        s, penalty = scores[token], sampling.repetition_penalty
+        scores[token] = s / penalty if s > 0 else s * penalty
+    scores = [s / sampling.temperature for s in scores]
+    ranked = sorted(range(VOCAB), key=lambda t: -scores[t])
+    kept = ranked[: sampling.top_k or VOCAB]
+
+    def softmax() -> dict[int, float]:
+        total = sum(math.exp(scores[t]) for t in kept)
+        return {t: math.exp(scores[t]) / total for t in kept}
+
+    p = softmax()
+    kept = [t for i, t in enumerate(kept) if i == 0 or sum(p[u] for u in kept[:i]) < sampling.top_p]
+    p = softmax()
+    kept = [t for t in kept if p[t] >= sampling.min_p * max(p.values())]
+    p = softmax()
+    return [p.get(t, 0.0) for t in range(VOCAB)]
+
+
+Accept = Callable[[DraftTree, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def one_step(chooser: Chooser, tree: DraftTree, context: list[int], accept: Accept) -> list[int]:
+    ancestors = tree.ancestor_mask()
+    nodes = torch.cat([torch.tensor(context[-1:]), tree.tokens[0]])
+    chosen = chooser.choose(LOGITS[nodes][None], tree, ancestors, context)
+    path, length = accept(tree, ancestors, chosen)
+    out: list[int] = chosen[0, path[0, : int(length)]].tolist()
+    return out
+
+
+def statistic(sampling: Sampling, tree: DraftTree, accept: Accept, draws: int) -> tuple[float, int]:
+    """Pearson's chi-square of the first two emitted tokens against the exact joint distribution; degrees of freedom."""
+    sampling = Sampling(**{**sampling.__dict__, "seed": 11})
+    chooser = Chooser(sampling, torch.device("cpu"))
+    counts: Counter[tuple[int, ...]] = Counter()
+    for _ in range(draws):
+        out = one_step(chooser, tree, CONTEXT, accept)
+        while len(out) < 2:
+            out += one_step(chooser, tree, CONTEXT + out, accept)
+        counts[tuple(out[:2])] += 1
+    first = exact(sampling, CONTEXT)
+    joint = {(a, b): first[a] * exact(sampling, [*CONTEXT, a])[b] for a, b in product(range(VOCAB), repeat=2)}
+    assert all(joint[pair] > 0 for pair in counts), "a token outside the processed distribution was emitted"
+    # Rare pairs share one cell, so that the statistic follows its distribution.
+    cells = [(counts[pair], p * draws) for pair, p in joint.items() if p * draws >= 5]
+    rest = (draws - sum(c for c, _ in cells), draws - sum(e for _, e in cells))
+    if rest[1] > 1:
+        cells.append(rest)
+    return sum((c - e) ** 2 / e for c, e in cells), len(cells) - 1
+
+
+def limit(freedom: int) -> float:
+    """The 1 - 1e-5 quantile of chi-square (Wilson and Hilferty)."""
+    a = 2 / (9 * freedom)
+    return freedom * (1 - a + 4.265 * math.sqrt(a)) ** 3
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
+def test_sampled_tokens_have_the_targets_distribution(sampling: Sampling, tree: DraftTree) -> None:
+    chi_square, freedom = statistic(sampling, tree, accepted_path, 1500)
+    assert chi_square < limit(freedom)
+
+
+def deepest_branch(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Wrong: of equal siblings, each with a draw of its own, take the one that leads deepest."""
+    agrees = torch.ones_like(chosen, dtype=torch.bool)
+    agrees[:, 1:] = tree.tokens == chosen.gather(1, tree.parents + 1)
+    alive = (agrees[:, None, :] | ~ancestors).all(-1)
+    leaf = (ancestors.sum(-1) * alive).argmax(-1)
+    on_path = ancestors[0, leaf[0]]
+    return on_path.nonzero().T, on_path.sum()[None]
+
+
+def eager_to_accept(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Wrong: now and then take the first guess although the target chose another token."""
+    if int(chosen[0, 0]) == 3:
+        chosen[0, 0] = tree.tokens[0, 0]
+    return accepted_path(tree, ancestors, chosen)
+
+
+def test_the_distribution_test_has_power() -> None:
+    for accept in (deepest_branch, eager_to_accept):
+        chi_square, freedom = statistic(SETTINGS["plain"], TREES["equal siblings"], accept, 1500)
+        assert chi_square > limit(freedom)
+
+
+def test_penalty_counts_only_the_nodes_own_branch() -> None:
+    """A node's repetition penalty sees the context and its ancestors, not its siblings."""
+    tree = pack([1, 2, 4], [-1, -1, 1])
+    chooser = Chooser(Sampling(repetition_penalty=1e6), torch.device("cpu"))
+    logits = torch.arange(VOCAB, 0, -1.0).expand(1, 4, -1)  # the lowest id not yet written wins
+    chosen = chooser.choose(logits, tree, tree.ancestor_mask(), [5, 0])
+    assert chosen.tolist() == [[1, 2, 1, 1]]
+
+
+def test_greedy_is_argmax() -> None:
+    chooser = Chooser(Sampling(top_k=2, top_p=0.5, min_p=0.5), torch.device("cpu"))
+    logits = torch.randn(1, 5, VOCAB)
+    tree = pack([1, 2, 3, 4], [-1, 0, 1, 1])
+    assert torch.equal(chooser.choose(logits, tree, tree.ancestor_mask(), [0]), logits.argmax(-1))
+
+
+def test_a_seed_repeats_the_sample() -> None:
+    def sample(seed: int | None) -> list[int]:
+        chooser = Chooser(Sampling(temperature=1.0, seed=seed), torch.device("cpu"))
+        tree = TREES["all children"]
+        return [t for _ in range(20) for t in one_step(chooser, tree, CONTEXT, accepted_path)[:1]]
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(None) != sample(None)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+    ],
+)
+def test_impossible_settings(field: str, bad: float) -> None:
+    with pytest.raises(UserError, match=field):
+        Sampling(**{field: bad})  # type: ignore[arg-type]
