@@ -1,5 +1,6 @@
 # make demo    see it work            make test    run the tests
 # make lint    ruff                   make type    mypy
+# make bench   measure the README's figures again (an hour)
 # make embedded    train the shipped target and drafters again (hours)
 # ARGS go to the command, e.g. make demo ARGS="--limit 2"; PYTHON is only used to create the virtual environment.
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint type check embedded clean
+.PHONY: demo test lint type check bench embedded clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -22,19 +23,30 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 type: $(STAMP)
 	$(BIN)/mypy
 
 check: lint type test
 
-# Every step resumes where it was stopped.
+# DATA holds corpus/ and eval/ (see the recipes). Every step resumes where it was stopped.
 embedded: $(STAMP)
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
+	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
+
+# The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.
+EVAL ?= data/eval
+SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --limit 200 --overwrite
+bench: $(STAMP)
+	$(BIN)/ctc-drafter bench $(SUITE) --budget 8 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --budget 8 --budget 16 --budget 32 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --budget 16 --drafter paper --json benchmarks/results/paper-float32.json
+	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --json benchmarks/results/baseline.json
 
 # torch goes first and alone, so that the extra index can bring nothing but torch.
 $(STAMP): pyproject.toml constraints.txt

@@ -106,6 +106,8 @@ def accepted_path(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor
     many of them count, at least 1.
     """
     batch, size = chosen.shape
+    if size == 1:
+        return torch.zeros_like(chosen), torch.ones_like(chosen[:, 0])
     agrees = torch.ones_like(chosen, dtype=torch.bool)
     agrees[:, 1:] = (tree.tokens == chosen.gather(1, tree.parents + 1)) & ~_repeats(tree)
     alive = (agrees[:, None, :] | ~ancestors).all(-1)

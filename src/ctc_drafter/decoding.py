@@ -55,6 +55,65 @@ class _Clock:
         self._last = now
 
 
+class _Sequence:
+    """What one generation carries from pass to pass: the cache, the features not yet drafted from, and the root."""
+
+    def __init__(self, target: Target, drafter: Drafter, sampling: Sampling, capacity: int) -> None:
+        self.target, self.drafter = target, drafter
+        self.chooser = Chooser(sampling, target.device)
+        self.cache = target.new_cache(capacity)
+        self.context: list[int] = []
+        """All ids up to the root."""
+        self.features = self.next_tokens = torch.empty(0)
+        """(1, n, F * hidden_size) and (1, n): the pairs of feature and next token that the drafter has not seen."""
+
+    def prefill(self, prompt_ids: list[int]) -> list[int]:
+        """Read the prompt; returns the first token."""
+        target = self.target
+        self.drafter.start(self.cache.capacity)
+        target.capture(self.drafter.feature_layers)
+        logits, self.features = target.prefill(prompt_ids, self.cache)
+        empty = DraftTree.empty(1, target.device)
+        root = self.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
+        known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=target.device)
+        self.next_tokens = torch.cat([known, root], 1)
+        tokens: list[int] = root[0].tolist()
+        self.context = prompt_ids + tokens
+        return tokens
+
+    def step(self, budget: int, clock: _Clock) -> tuple[list[int], int]:
+        """Draft, score, accept, commit; returns the new tokens (the accepted ones and one more) and the tree's size."""
+        target, drafter = self.target, self.drafter
+        guess = drafter.draft(self.features, self.next_tokens)
+        clock.lap("draft")
+        tree = drafter.tree(guess, budget)
+        clock.lap("tree")
+        ancestors = tree.ancestor_mask()
+        target.capture(drafter.feature_layers)  # another generation may have run since the last yield
+        logits, features = target.score(self.next_tokens[:, -1:], tree, ancestors, self.cache)
+        clock.lap("score")
+        chosen = self.chooser.choose(logits, tree, ancestors, self.context)
+        path, length = accepted_path(tree, ancestors, chosen)
+        offsets, tokens = _read_path(path, length, chosen)
+        clock.lap("accept")
+        self.cache.keep(offsets)
+        kept = path[0, : len(offsets)]
+        self.features, self.next_tokens = features[:, kept], chosen[:, kept]
+        self.context += tokens
+        clock.lap("commit")
+        return tokens, tree.budget
+
+
+def _read_path(path: torch.Tensor, length: torch.Tensor, chosen: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The accepted offsets and the tokens chosen at them, in one copy from device to host."""
+    size = chosen.shape[1]
+    if size == 1:
+        return [0], chosen[0].tolist()
+    row = torch.cat([length[:, None], path, chosen.gather(1, path.clamp(max=size - 1))], 1)[0].tolist()
+    count = row[0]
+    return row[1 : 1 + count], row[1 + size : 1 + size + count]
+
+
 @torch.inference_mode()
 def generate(
     target: Target,
@@ -85,46 +144,19 @@ def generate(
     if max_new_tokens < 1 or budget < 0:
         raise UserError("max_new_tokens must be at least 1 and budget at least 0.")
     ending = _Ending(target, stop, min(max_new_tokens, room))
-    chooser = Chooser(sampling or Sampling(), target.device)
-    cache = target.new_cache(len(prompt_ids) + ending.limit + budget + 1)
+    capacity = len(prompt_ids) + ending.limit + budget + 1
+    sequence = _Sequence(target, drafter, sampling or Sampling(), capacity)
 
     clock = _Clock(target.device, profile)
-    drafter.start(cache.capacity)
-    target.capture(drafter.feature_layers)
-    logits, features = target.prefill(prompt_ids, cache)
-    empty = DraftTree.empty(1, target.device)
-    root = chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
-    known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=target.device)
-    next_tokens = torch.cat([known, root], 1)
-    tokens = root[0].tolist()
+    tokens = sequence.prefill(prompt_ids)
     clock.lap("prefill")
-    context = list(prompt_ids)
     emitted, finish = ending.cut(tokens)
     yield Step(emitted, 0, 0, clock.seconds, finish)
-
     while finish is None:
-        context += tokens
         clock = _Clock(target.device, profile)
-        guess = drafter.draft(features, next_tokens)
-        clock.lap("draft")
-        tree = drafter.tree(guess, budget)
-        clock.lap("tree")
-        ancestors = tree.ancestor_mask()
-        target.capture(drafter.feature_layers)  # another generation may have run since the last yield
-        logits, scored = target.score(root, tree, ancestors, cache)
-        clock.lap("score")
-        chosen = chooser.choose(logits, tree, ancestors, context)
-        path, length = accepted_path(tree, ancestors, chosen)
-        kept = path[0, : int(length)]
-        next_tokens = chosen[:, kept]
-        tokens = next_tokens[0].tolist()
-        clock.lap("accept")
-        cache.keep(kept.tolist())
-        features = scored[:, kept]
-        root = next_tokens[:, -1:]
+        tokens, drafted = sequence.step(budget, clock)
         emitted, finish = ending.cut(tokens)
-        clock.lap("commit")
-        yield Step(emitted, min(len(emitted), len(tokens) - 1), tree.budget, clock.seconds, finish)
+        yield Step(emitted, min(len(emitted), len(tokens) - 1), drafted, clock.seconds, finish)
 
 
 class _Ending:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .errors import UserError
+from .packing import PackedLinears
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -39,6 +40,7 @@ class Target:
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**20
         self.stop_ids = _stop_ids(self.model, tokenizer)
         self._windows = _windows(config)
+        self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
@@ -117,9 +119,7 @@ class Target:
         for hook in self._hooks:
             hook.remove()
         self._layers = tuple(layers)
-        self._hooks = [
-            module.register_forward_hook(self._store_output(i)) for i, module in zip(self._layers, modules)
-        ]
+        self._hooks = [module.register_forward_hook(self._store_output(i)) for i, module in zip(self._layers, modules)]
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise UserError if there is no such feature layer."""
@@ -165,6 +165,7 @@ class Target:
 
         The entries are written behind `cache.length`; `cache.keep` decides which of them stay.
         """
+        self._packed.prepare(tree.budget + 1)
         return self._pass(torch.cat([root, tree.tokens], 1), tree.offsets(), ancestors, cache)
 
     def _pass(

@@ -130,6 +130,9 @@ class TrainableDrafter(Drafter):
         """Labels after the root that training looks at."""
         raise NotImplementedError
 
+    def fit_vocabulary(self, counts: torch.Tensor) -> None:
+        """Called once before training with the token counts (V,) of the training answers."""
+
     def prepare(self) -> None:
         """Called once after loading, on the target's device and dtype: derive inference-only tables."""
 

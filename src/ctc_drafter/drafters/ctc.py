@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import UserError
 from ..lattice.collapse import collapsed_tree
 from ..lattice.loss import (
     context_log_normalizers,
@@ -19,7 +20,7 @@ from ..lattice.loss import (
     prefix_objective,
 )
 from ..lattice.prefix import best_prefixes, pool_lattice, pool_tokens
-from ..errors import UserError
+from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule
@@ -55,7 +56,8 @@ class CTCConfig:
     """Best exact prefixes, or the paper's: most probable slot paths, collapsed."""
     pool: int = 48
     """Tokens that the prefix search considers."""
-    beam: int = 16
+    vocabulary: int = 0
+    """Draft only the most frequent tokens of the training answers; 0: all. Exactness is untouched."""
     path_count: int = 64
     path_top_k: int = 8
 
@@ -64,8 +66,8 @@ class CTCConfig:
             raise ValueError("a CTC drafter needs layers >= 1 and 1 <= labels <= slots")
         if not self.feature_layers:
             raise ValueError("a CTC drafter needs at least one of the target's layers in feature_layers")
-        if min(self.context_rank, self.pool, self.beam, self.path_count, self.path_top_k) < 1:
-            raise ValueError("context_rank, pool, beam, path_count and path_top_k must be at least 1")
+        if min(self.context_rank, self.pool, self.path_count, self.path_top_k) < 1:
+            raise ValueError("context_rank, pool, path_count and path_top_k must be at least 1")
         if not 0 < self.decay <= 1:
             raise ValueError("decay must be in (0, 1]")
         if self.topology == "label-context" and self.tree == "paths":
@@ -83,8 +85,8 @@ class CTCDrafter(TrainableDrafter):
 
     config_class = CTCConfig
     config: CTCConfig
-    context_keys: torch.Tensor
-    context_values: torch.Tensor
+    kept: torch.Tensor
+    place: torch.Tensor
 
     def __init__(self, config: CTCConfig, target: Target) -> None:
         super().__init__(config, target)
@@ -95,8 +97,8 @@ class CTCDrafter(TrainableDrafter):
         config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
         if width % config.heads or width // config.heads % 2 or config.heads % config.kv_heads:
             raise UserError(
-                f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: heads must "
-                "divide the width into parts of even size, and kv_heads must divide heads."
+                f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: "
+                "heads must divide the width into parts of even size, and kv_heads must divide heads."
             )
         self.feature_layers = tuple(config.feature_layers)
         self.module = DraftModule(
@@ -110,6 +112,10 @@ class CTCDrafter(TrainableDrafter):
             target.max_context,
         )
         self.blank = nn.Parameter(torch.zeros(1, width))
+        size = min(config.vocabulary or target.vocab_size, target.vocab_size)
+        self.register_buffer("kept", torch.arange(size))
+        self.register_buffer("place", torch.arange(target.vocab_size), persistent=False)
+        self._ready: Any = None
         self.has_context = config.topology == "label-context"
         if self.has_context:
             self.context_down = nn.Linear(width, config.context_rank, bias=False)
@@ -126,9 +132,19 @@ class CTCDrafter(TrainableDrafter):
 
     # ------------------------------------------------------------ distributions
 
-    def slot_logits(self, slots: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., V + 1), blank last, by the target's own LM head and the blank row."""
-        return torch.cat([F.linear(slots, self.target.head.weight), F.linear(slots, self.blank)], -1)
+    def fit_vocabulary(self, counts: torch.Tensor) -> None:
+        """Keep the most frequent tokens; counts (V,) of the training answers."""
+        self.kept.copy_(counts.argsort(descending=True, stable=True)[: len(self.kept)].sort().values)
+        self._index_kept()
+
+    def _index_kept(self) -> None:
+        """place[id]: the kept token's row, -1 for a token that is not kept."""
+        self.place.fill_(-1)
+        self.place[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
+
+    def head_rows(self) -> torch.Tensor:
+        """The target's LM head on the kept tokens, and the blank row: (K + 1, width)."""
+        return torch.cat([self.target.head.weight[self.kept], self.blank])
 
     def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (...) -> what they say to the next slot, (..., rank)."""
@@ -136,41 +152,50 @@ class CTCDrafter(TrainableDrafter):
         return F.silu(self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)))
 
     def _context_value(self) -> torch.Tensor:
-        """How each token and blank answer to a context key, (V + 1, rank): the LM head seen through U."""
-        return torch.cat([self.target.head.weight, self.blank]) @ self.context_up.weight
+        """How each kept token and blank answer to a context key, (K + 1, rank): the LM head seen through U."""
+        return self.head_rows() @ self.context_up.weight
 
     # ------------------------------------------------------------ inference
 
+    @torch.no_grad()
     def prepare(self) -> None:
-        if self.has_context:
-            with torch.no_grad():
-                vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
-                self.context_keys, self.context_values = self._context_key(vocabulary), self._context_value()
+        self._index_kept()
+        rows = self.head_rows()
+        head = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(rows, requires_grad=False)
+        vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
+        tables = (self._context_key(vocabulary), self._context_value()) if self.has_context else None
+        self._ready = (head, tables)
+        packed = PackedLinears([head, *(m for m in self.module.modules() if type(m) is nn.Linear)])
+        packed.prepare(self.config.slots)
 
     def start(self, capacity: int) -> None:
         self.module.start(capacity, self.blank)
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot logits (1, N, V + 1) and the root (1, 1)."""
+        """Slot logits (1, N, K + 1) over kept tokens and blank, and the root (1, 1)."""
         context = self.module.context(features, self.target.embedding(next_tokens))
-        return self.slot_logits(self.module.step(context)), next_tokens[:, -1:]
+        head, _ = self._ready
+        return head(self.module.step(context)), next_tokens[:, -1:]
 
     def tree(self, guess: tuple[torch.Tensor, torch.Tensor], budget: int) -> DraftTree:
         logits, root = guess
         logits = logits.float()
         if self.config.tree == "paths":
-            return collapsed_tree(logits.log_softmax(-1), budget, self.config.path_count, self.config.path_top_k)
+            tree = collapsed_tree(logits.log_softmax(-1), budget, self.config.path_count, self.config.path_top_k)
+            return replace(tree, tokens=self.kept[tree.tokens])
         if budget == 0:
             return DraftTree.empty(1, logits.device)
-        pool = pool_tokens(logits, min(max(self.config.pool, budget), self.target.vocab_size))
+        rows = pool_tokens(logits, min(max(self.config.pool, budget), len(self.kept)))
+        pool = self.kept[rows]
         context = None
         if self.has_context:
-            keys = self.context_keys[torch.cat([pool, root], 1)]
-            blank = torch.full_like(root, self.target.vocab_size)
-            values = self.context_values[torch.cat([pool, blank], 1)]
-            context = (keys @ values.transpose(1, 2)).float()
-        lattice = pool_lattice(logits, pool, context, merge=not self.has_context)
-        return best_prefixes(lattice, budget, self.config.labels, max(self.config.beam, budget))
+            _, (keys, values) = self._ready
+            blank = torch.full_like(root, len(self.kept))
+            said = keys[torch.cat([pool, root], 1)]
+            context = (said @ values[torch.cat([rows, blank], 1)].transpose(1, 2)).float()
+        lattice = replace(pool_lattice(logits, rows, context, merge=not self.has_context), pool=pool)
+        return best_prefixes(lattice, budget, self.config.labels)
 
     # ------------------------------------------------------------ training
 
@@ -180,33 +205,46 @@ class CTCDrafter(TrainableDrafter):
         embedded = self.target.embedding(token_ids[:, 1:])
         context = self.module.context(features[:, :-1], embedded)
         slots = self.module(context, anchors).flatten(0, 1)
-        logits = self.slot_logits(slots).float()
+        logits = F.linear(slots, self.head_rows()).float()
         roots = token_ids.gather(1, anchors + 1).flatten()
         labels = labels.flatten(0, 1)
-        lengths = (labels != IGNORE).sum(-1)
+        valid = labels != IGNORE
         labels = labels.clamp_min(0)
-        prefix, label_loss = self._scores(logits, roots, labels, lengths)
+        rows = self.place[labels]
+        lengths = (valid & (rows >= 0)).cumprod(-1).sum(-1)  # up to the first token that cannot be drafted
+        prefix, label_loss = self._scores(logits, roots, labels, rows.clamp_min(0), lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
         counted = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
         expected = (prefix.detach().exp() * counted).sum(-1).mean()
-        return loss.mean(), {"expected_accepted": expected, "first": prefix[:, 0].detach().exp().mean()}
+        return loss.sum() / (lengths > 0).sum().clamp_min(1), {
+            "expected_accepted": expected,
+            "first": prefix[:, 0].detach().exp().mean(),
+        }
 
     def _scores(
-        self, logits: torch.Tensor, roots: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        roots: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log probabilities of all label prefixes (A, L), and the whole-label CTC loss per label token (A,)."""
+        """Log probabilities of all label prefixes (A, L), and the whole-label CTC loss per label token (A,).
+
+        logits (A, N, K + 1); roots (A,) and labels (A, L) are token ids, rows (A, L) the labels among the kept tokens.
+        """
         if not self.has_context:
             log_probs = logits.log_softmax(-1)
-            emit, blank = label_log_probs(log_probs, labels)
-            prefix, _ = merge_prefix_log_probs(emit, blank, labels)
-            loss = ctc_loss(log_probs, labels, lengths) if self.config.objective == "label" else prefix[:, 0]
+            emit, blank = label_log_probs(log_probs, rows)
+            prefix, _ = merge_prefix_log_probs(emit, blank, rows)
+            loss = ctc_loss(log_probs, rows, lengths) if self.config.objective == "label" else prefix[:, 0]
             return prefix, loss / lengths.clamp_min(1)
         said = torch.cat([roots[:, None], labels], 1)
         context = (self._context_key(said) @ self._context_value().T).float()
         normalizers = context_log_normalizers(logits, context)
-        index = labels[:, None].expand(-1, logits.shape[1], -1)
+        index = rows[:, None].expand(-1, logits.shape[1], -1)
         emit = logits.gather(2, index) - normalizers[:, :, :-1]
-        emit = emit + context[:, :-1].gather(2, labels[..., None]).transpose(1, 2)
+        emit = emit + context[:, :-1].gather(2, rows[..., None]).transpose(1, 2)
         blank = logits[:, :, -1:] + context[:, None, :, -1] - normalizers
         prefix, whole = context_prefix_log_probs(emit, blank, lengths)
         return prefix, -whole / lengths.clamp_min(1)

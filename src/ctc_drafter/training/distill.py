@@ -48,10 +48,9 @@ def distill(config: DistillConfig) -> Path:
     target = Target.load(
         config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    prompts = [p for p in _prompts(config, target) if p[0] not in done]
+    prompts = list(_prompts(config, target))
     if not prompts and not done:
         raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")
-    torch.manual_seed(config.seed + len(done))
     output.parent.mkdir(parents=True, exist_ok=True)
     columns = (
         TextColumn("distilling"),
@@ -61,12 +60,15 @@ def distill(config: DistillConfig) -> Path:
         TextColumn("{task.fields[tokens]} tokens"),
     )
     with Progress(*columns) as progress, output.open("a", encoding="utf-8") as out:
-        task = progress.add_task("", total=len(prompts) + len(done), completed=len(done), tokens=0)
+        task = progress.add_task("", total=len(prompts), completed=sum(p[0] in done for p in prompts), tokens=0)
         total = 0
         for start in range(0, len(prompts), config.batch * 16):
             window = sorted(prompts[start : start + config.batch * 16], key=lambda p: len(p[2]))
             for i in range(0, len(window), config.batch):
-                group = window[i : i + config.batch]
+                group = [p for p in window[i : i + config.batch] if p[0] not in done]
+                if not group:
+                    continue
+                torch.manual_seed(config.seed * 10**6 + start + i)  # a resumed run samples what an unbroken one does
                 answers = _answers(target, [p[2] for p in group], config)
                 for (key, source, ids), answer in zip(group, answers):
                     text = target.tokenizer.decode(answer, skip_special_tokens=True)
@@ -84,10 +86,15 @@ def _finished(output: Path) -> set[str]:
         return set()
     text = output.read_bytes()
     end = text.rfind(b"\n") + 1
+    if end < len(text) and not text[end:].startswith(b'{"id": "'[: len(text) - end]):
+        raise UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
     if end < len(text):
         with output.open("r+b") as file:
             file.truncate(end)
-    return {row["id"] for _, row in read_jsonl(output)}
+    rows = [row for _, row in read_jsonl(output)]
+    if not all({"id", "answer_ids"} <= row.keys() for row in rows):
+        raise UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
+    return {row["id"] for row in rows}
 
 
 def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, list[int]]]:
@@ -129,9 +136,10 @@ def _answers(target: Target, prompts: list[list[int]], config: DistillConfig) ->
     )
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    # What the model's own generation_config asks for beyond this would not be what the drafter is measured on.
+    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0}
+        sampling |= {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "min_p": None}
     out = target.model.generate(
         ids,
         attention_mask=mask,

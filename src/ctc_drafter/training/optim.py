@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 
 def make_optimizers(
@@ -30,3 +31,22 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[flo
 def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
     """Trapezoid: linear warm-up, constant, linear decay to zero at `steps`."""
     return min(1.0, (step + 1) / max(1, warmup), max(0, steps - step) / max(1, decay))
+
+
+def fp32_masters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Float32 copies of a low-precision model's parameters, for the optimizer to work on."""
+    return {name: p.detach().float().clone().requires_grad_() for name, p in model.named_parameters()}
+
+
+def gradients_to_masters(model: nn.Module, masters: Mapping[str, torch.Tensor]) -> None:
+    """Move the model's gradients to its masters."""
+    for name, p in model.named_parameters():
+        masters[name].grad = None if p.grad is None else p.grad.float()
+        p.grad = None
+
+
+@torch.no_grad()
+def masters_to_model(model: nn.Module, masters: Mapping[str, torch.Tensor]) -> None:
+    """Round the masters into the model's own precision."""
+    for name, p in model.named_parameters():
+        p.copy_(masters[name])

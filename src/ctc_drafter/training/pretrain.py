@@ -25,7 +25,14 @@ from ..errors import UserError
 from ..files import write_folder
 from .checkpoint import load_training_state, save_training_state
 from .data import chat_ids, copies, example_key, read_jsonl, row_text, text_key
-from .optim import learning_rate_factor, make_optimizers, set_learning_rates
+from .optim import (
+    fp32_masters,
+    gradients_to_masters,
+    learning_rate_factor,
+    make_optimizers,
+    masters_to_model,
+    set_learning_rates,
+)
 from .tokenizer import train_tokenizer
 from .unlikelihood import unlikelihood
 
@@ -72,7 +79,7 @@ class PretrainConfig:
     """Steps of fine-tuning against repeating loops, after the last of `steps`."""
     unlikelihood_batch: int = 32
     unlikelihood_tokens: int = 128
-    unlikelihood_lr: float = 1e-4
+    unlikelihood_lr: float = 2e-4
     unlikelihood_weight: float = 1.0
     checkpoint_every: int = 200
     seed: int = 0
@@ -267,7 +274,7 @@ def _optimize(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    masters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    masters = fp32_masters(model)
     model = model.to(torch.bfloat16)
     chunk_step: Any = partial(_chunk_step, z_loss=config.z_loss)
     body: Any = model.model
@@ -278,7 +285,7 @@ def _optimize(
     if (work / "state").exists():
         meta = load_training_state(work / "state", masters, optimizers)
         start, history = meta["step"], meta["history"]
-    _copy_back(model, masters)
+    masters_to_model(model, masters)
     task = progress.add_task("training", total=config.steps, completed=start)
     began, mean = time.time(), math.nan
     for step in range(start, config.steps):
@@ -286,13 +293,11 @@ def _optimize(
         set_learning_rates(optimizers, (config.lr_matrix, config.lr_other), factor)
         loss = _loss(model, body, _batch(blocks, step, config), chunk_step)
         loss.backward()
-        for name, p in model.named_parameters():
-            assert p.grad is not None
-            masters[name].grad, p.grad = p.grad.float(), None
+        gradients_to_masters(model, masters)
         torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        _copy_back(model, masters)
+        masters_to_model(model, masters)
         if not math.isfinite(loss.item()):
             raise UserError(f"The loss is not finite at step {step}; the last good state is in '{work / 'state'}'.")
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
@@ -318,7 +323,6 @@ def _against_loops(
         return []
     prompts = {example_key(r): r["messages"][0]["content"] for r in _rows(config) if "messages" in r}
     keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
-    model.float()
 
     def language_loss(step: int) -> torch.Tensor:
         block = _batch(blocks, config.steps + step, config)[: max(1, config.batch // 2)]
@@ -337,14 +341,7 @@ def _against_loops(
         progress=progress,
         log=work / "unlikelihood.json",
     )
-    model.to(torch.bfloat16)
     return history
-
-
-def _copy_back(model: Any, masters: dict[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(masters[name])
 
 
 def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Tensor:

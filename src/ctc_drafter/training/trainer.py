@@ -81,6 +81,11 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     drafter.to(target.device)
     target.capture(drafter.feature_layers)
     train_set, held_set = _sequences(config, target)
+    counts = torch.zeros(target.vocab_size, dtype=torch.long)
+    for sequence in train_set:
+        answer = torch.tensor(sequence.ids)[torch.tensor(sequence.mask, dtype=torch.bool)]
+        counts += torch.bincount(answer, minlength=target.vocab_size)
+    drafter.fit_vocabulary(counts.to(target.device))
     _print_plan(console, config, target, drafter, train_set, held_set)
     if not dry_run:
         _optimize(config, target, drafter, train_set, held_set, console)
@@ -115,6 +120,7 @@ def _print_plan(
 def _sequences(config: TrainConfig, target: Target) -> tuple[list[_Sequence], list[_Sequence]]:
     train_set: list[_Sequence] = []
     held: list[_Sequence] = []
+    limit = min(config.max_tokens, target.max_context)
     for path in config.data:
         for line, row in read_jsonl(path):
             if "prompt_ids" in row and "answer_ids" in row:
@@ -130,8 +136,8 @@ def _sequences(config: TrainConfig, target: Target) -> tuple[list[_Sequence], li
                 raise UserError(f"{path}, line {line}: expected prompt_ids and answer_ids, or messages.")
             if max(ids) >= target.vocab_size:
                 raise UserError(f"{path}, line {line}: token {max(ids)} is outside the vocabulary of '{target.name}'.")
-            sequence = _Sequence(ids[: config.max_tokens], mask[: config.max_tokens])
-            if sum(sequence.mask) >= 3:
+            sequence = _Sequence(ids[:limit], mask[:limit])
+            if any(root and label for root, label in zip(sequence.mask[1:], sequence.mask[2:])):
                 (held if key % 10_000 < config.held_out * 10_000 else train_set).append(sequence)
     if len(train_set) < config.batch:
         raise UserError(
@@ -149,8 +155,9 @@ def _batch(sequences: list[_Sequence], step: int, config: TrainConfig) -> list[_
     window = 16 * config.batch
     start = index // 16 * window
     near = sorted(order[start : start + window], key=lambda i: len(sequences[i].ids))
-    place = torch.randperm(len(near) // config.batch, generator=torch.Generator().manual_seed(config.seed + step // 16))
-    first = int(place[index % 16]) * config.batch if index % 16 < len(place) else 0
+    first_step = step - index % 16  # of this window
+    place = torch.randperm(len(near) // config.batch, generator=torch.Generator().manual_seed(config.seed + first_step))
+    first = int(place[index % 16]) * config.batch
     return [sequences[i] for i in near[first : first + config.batch]]
 
 
@@ -210,7 +217,7 @@ def _optimize(
     elif output.exists():
         raise UserError(f"'{output}' exists and has no training state beside it; choose another output folder.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    began, mean = time.time(), math.nan
+    began, mean = time.time() - (history[-1]["seconds"] if history else 0.0), math.nan
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=config.steps, completed=start)
         for step in range(start, config.steps):
@@ -228,7 +235,7 @@ def _optimize(
             progress.update(task, advance=1, description=f"training, loss {mean:.3f}")
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 row = {"step": step + 1, "loss": mean, **_held_out(config, target, drafter, held)}
-                row["seconds"] = time.time() - began + (history[-1]["seconds"] if start and history else 0.0)
+                row["seconds"] = time.time() - began
                 history.append({k: round(v, 4) for k, v in row.items()})
                 progress.console.print("  ".join(f"{k} {v:g}" for k, v in history[-1].items()))
                 save_training_state(state, parameters, optimizers, {"step": step + 1, "history": history})

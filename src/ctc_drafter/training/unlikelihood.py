@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from ..loops import ends_in_loop
 from .data import prompt_ids
+from .optim import fp32_masters, gradients_to_masters, masters_to_model
 
 NGRAM = 4
 
@@ -45,11 +46,12 @@ def unlikelihood(
     progress: Progress,
     log: Path,
 ) -> list[dict[str, float]]:
-    """Fine-tune `model` (float32) in place; `language_loss(step)` is the corpus loss of a batch.
+    """Fine-tune `model` (bf16, with fp32 masters) in place; `language_loss(step)` is the corpus loss of a batch.
 
     Returns, for every tenth step, the share of greedy answers that looped and both losses; also written to `log`.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    masters = fp32_masters(model)
+    optimizer = torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     questions = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
     questions = [q for q in questions if len(q) <= 256]
     task = progress.add_task("unlikelihood", total=steps)
@@ -62,15 +64,15 @@ def unlikelihood(
         looped, seen = looped + len(bad), seen + batch
         for rate in optimizer.param_groups:
             rate["lr"] = lr * min(1.0, (step + 1) / 10, (steps - step) / max(1, steps // 3))
-        with torch.autocast("cpu" if model.device.type == "cpu" else model.device.type, torch.bfloat16):
-            loss = language_loss(step)
-            mean += loss.item() / 10
-            if bad:
-                loss = loss + weight * _repetition_loss(model, bad) * len(bad) / batch
+        loss = language_loss(step)
+        mean += loss.item() / 10
+        if bad:
+            loss = loss + weight * _repetition_loss(model, bad) * len(bad) / batch
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gradients_to_masters(model, masters)
+        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        masters_to_model(model, masters)
         progress.update(task, advance=1, description=f"unlikelihood, {looped / seen:.0%} of answers loop")
         if (step + 1) % 10 == 0:
             history.append({"step": step + 1, "looped": round(looped / seen, 4), "loss": round(mean, 4)})
@@ -85,8 +87,7 @@ def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens
     pad: Any = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.autocast(model.device.type, torch.bfloat16):
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
     rows = out[:, width:].tolist()
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
