@@ -38,9 +38,18 @@ def packed_sdpa(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     share = heads // groups
     packed = query.reshape(query.shape[0], groups, share * q, query.shape[3])
-    mask = attention_mask if q == 1 else attention_mask.repeat(1, 1, share, 1)
+    mask = attention_mask if q == 1 else _tiled(attention_mask, share)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return out.view(query.shape[0], heads, q, value.shape[3]).transpose(1, 2).contiguous(), None
+
+
+def _tiled(mask: torch.Tensor, share: int) -> torch.Tensor:
+    """mask (B, 1, q, n) -> (B, 1, share * q, n), made once for all layers of a pass."""
+    tiled: torch.Tensor | None = getattr(mask, "_tiled", None)
+    if tiled is None:
+        tiled = mask.repeat(1, 1, share, 1)
+        mask._tiled = tiled  # type: ignore[attr-defined]
+    return tiled
 
 
 AttentionInterface.register(NAME, packed_sdpa)

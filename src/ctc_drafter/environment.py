@@ -31,7 +31,7 @@ def versions() -> dict[str, str | None]:
     """Python, torch, transformers, this package, and its git commit where it runs from a checkout."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "ctc_drafter": __version__,
         "git_commit": git_commit(),

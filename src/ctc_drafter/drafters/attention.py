@@ -114,8 +114,10 @@ class DraftModule(nn.Module):
             k_all[:, :, start:end] = rotate(k, cos, sin)
             v_all[:, :, start:end] = v
             q = rotate(layer.queries(normed[:, n:]), cos[n:], sin[n:])
-            attended = F.scaled_dot_product_attention(q, k_all[:, :, :end], v_all[:, :, :end], enable_gqa=True)
-            x = layer.finish(x, attended.transpose(1, 2).flatten(-2))
+            # The queries of a group stand one after another over the same keys, so that no key is copied.
+            grouped = q.reshape(1, layer.kv_heads, -1, layer.dim)
+            attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end])
+            x = layer.finish(x, attended.view(q.shape).transpose(1, 2).flatten(-2))
         self._length = start + n
         out: torch.Tensor = self.norm(x)
         return out

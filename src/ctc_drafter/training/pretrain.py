@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..errors import UserError
 from ..files import write_folder
+from ..target import resolve_device
 from .checkpoint import load_training_state, save_training_state
 from .data import chat_ids, copies, example_key, read_jsonl, row_text, text_key
 from .optim import (
@@ -75,6 +76,7 @@ class PretrainConfig:
     weight_decay: float = 0.1
     z_loss: float = 1e-4
     compile: bool = True
+    device: str = "auto"
     unlikelihood_steps: int = 0
     """Steps of fine-tuning against repeating loops, after the last of `steps`."""
     unlikelihood_batch: int = 32
@@ -93,6 +95,11 @@ def pretrain(config: PretrainConfig) -> Path:
     with Progress() as progress:
         tokenizer = _tokenizer(config, work, progress)
         blocks, held = _blocks(config, tokenizer, work, progress)
+        if len(blocks) < config.batch or not len(held):
+            raise UserError(
+                f"{', '.join(config.data)}: {len(blocks)} training and {len(held)} held-out blocks of {config.block} "
+                f"tokens; it takes at least {config.batch} and 1."
+            )
         model, history = _optimize(config, tokenizer, blocks, held, work, progress)
         loops = _against_loops(config, model, tokenizer, blocks, work, progress)
         final = _held_out_loss(model, held, config)
@@ -113,7 +120,9 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
     for path in config.data:
-        for _, row in read_jsonl(path):
+        for line, row in read_jsonl(path):
+            if not ("messages" in row or "text" in row):
+                raise UserError(f"{path}, line {line}: expected `messages` or `text`.")
             yield row
 
 
@@ -124,7 +133,7 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
 
         def texts() -> Iterator[str]:
             for row in _rows(config):
-                if example_key(row) % 5 == 0 and config.mixture.get(row["source"], 1.0) >= 0.1:
+                if example_key(row) % 5 == 0 and config.mixture.get(row.get("source", ""), 1.0) >= 0.1:
                     yield row_text(row)
 
         fresh = train_tokenizer(texts(), config.vocab_size, config.context)
@@ -141,8 +150,8 @@ def _ngrams(text: str, n: int = 13) -> set[int]:
 def _encode(config: PretrainConfig, tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     if "messages" in row:
         ids, mask = chat_ids(tokenizer, row["messages"])
-        return ids, mask if row["source"] in config.answers_only else [1] * len(ids)
-    if row["source"] in config.as_answers:
+        return ids, mask if row.get("source", "") in config.answers_only else [1] * len(ids)
+    if row.get("source", "") in config.as_answers:
         return chat_ids(tokenizer, [{"role": "assistant", "content": row["text"].strip()}])
     ids = [tokenizer.bos_token_id, *tokenizer(row["text"], verbose=False)["input_ids"], tokenizer.eos_token_id]
     return ids, [1] * len(ids)
@@ -166,7 +175,7 @@ def _blocks(
             progress.advance(task)
             key = example_key(row)
             held = key % HELD_OUT == 0
-            rate = 1.0 if held else config.mixture.get(row["source"], 1.0)
+            rate = 1.0 if held else config.mixture.get(row.get("source", ""), 1.0)
             count = copies(row, rate)
             if not count:
                 continue
@@ -241,6 +250,7 @@ def _chunk_step(
 
 
 def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step: Any) -> torch.Tensor:
+    block = block.to(model.device)
     hidden = body(input_ids=block[:, 0].long(), use_cache=False).last_hidden_state
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     labels = block[:, 1, 1:].reshape(-1).long()
@@ -274,6 +284,7 @@ def _optimize(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    model = model.to(resolve_device(config.device))
     masters = fp32_masters(model)
     model = model.to(torch.bfloat16)
     chunk_step: Any = partial(_chunk_step, z_loss=config.z_loss)
