@@ -38,6 +38,7 @@ embedded: $(STAMP)
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
+	$(BIN)/python benchmarks/model_card.py src/ctc_drafter/embedded
 
 # The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.
 EVAL ?= data/eval

@@ -144,7 +144,7 @@ def run(target: Target, drafter: Drafter, ids: list[int], tokens: int, **options
     steps = list(generate(target, drafter, ids, max_new_tokens=tokens, **options))
     out = [t for step in steps for t in step.tokens]
     assert all(step.finish is None for step in steps[:-1]) and steps[-1].finish in ("stop", "length")
-    assert all(1 <= len(step.tokens) and 0 <= step.accepted <= len(step.tokens) for step in steps)
+    assert all(step.tokens and 0 <= step.accepted <= len(step.tokens) for step in steps)
     assert all(step.accepted == len(step.tokens) - 1 for step in steps[1:-1])
     assert len(out) <= tokens
     return out, steps

@@ -116,7 +116,8 @@ def exact(sampling: Sampling, context: list[int]) -> list[float]:
     return [p.get(t, 0.0) for t in range(VOCAB)]
 
 
-Accept = Callable[[DraftTree, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Accepted = tuple[torch.Tensor, torch.Tensor]
+Accept = Callable[[DraftTree, torch.Tensor, torch.Tensor], Accepted]
 
 
 def one_step(chooser: Chooser, tree: DraftTree, context: list[int], accept: Accept) -> list[int]:
@@ -162,7 +163,7 @@ def test_sampled_tokens_have_the_targets_distribution(sampling: Sampling, tree: 
     assert chi_square < limit(freedom)
 
 
-def deepest_branch(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def deepest_branch(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Accepted:
     """Wrong: of equal siblings, each with a draw of its own, take the one that leads deepest."""
     agrees = torch.ones_like(chosen, dtype=torch.bool)
     agrees[:, 1:] = tree.tokens == chosen.gather(1, tree.parents + 1)
@@ -172,7 +173,7 @@ def deepest_branch(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tenso
     return on_path.nonzero().T, on_path.sum()[None]
 
 
-def eager_to_accept(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_to_accept(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Accepted:
     """Wrong: now and then take the first guess although the target chose another token."""
     if int(chosen[0, 0]) == 3:
         chosen[0, 0] = tree.tokens[0, 0]

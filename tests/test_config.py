@@ -43,7 +43,8 @@ def recipe(tmp_path: Path, text: str) -> Recipe:
 def test_all_types(tmp_path: Path) -> None:
     got = recipe(
         tmp_path,
-        "name: x\nrate: 1e-3\nsteps: 7\nfast: true\nlimit: 2\nkind: b\nfiles: [p, q]\nmixture: {s: 1}\ninner: {size: 4}",
+        "name: x\nrate: 1e-3\nsteps: 7\nfast: true\nlimit: 2\nkind: b\nfiles: [p, q]\nmixture: {s: 1}\n"
+        "inner: {size: 4}",
     )
     assert got == Recipe("x", 0.001, 7, True, 2, "b", ["p", "q"], {"s": 1.0}, Inner(4))
     assert isinstance(got.mixture["s"], float)

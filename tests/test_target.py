@@ -62,8 +62,7 @@ def test_decoding_is_the_models_own(family: Target) -> None:
 
 
 def one_sentence(text: str) -> None:
-    assert "\n" not in text and text.rstrip().endswith((".", ")")) or ": " in text
-    assert "Traceback" not in text
+    assert "\n" not in text and "Traceback" not in text and len(text) < 600
 
 
 @pytest.mark.parametrize("kind", INCAPABLE)
@@ -153,6 +152,12 @@ def copy_with(folder: Path, to: Path, **changes: Any) -> Path:
     return to
 
 
+def test_no_such_folder(tmp_path: Path, target_folder: Path) -> None:
+    refuse(tmp_path / "nowhere", "There is no model folder")
+    refuse("./nowhere", "There is no model folder")
+    refuse(target_folder / "config.json", "There is no model folder")
+
+
 def test_folder_without_config(tmp_path: Path) -> None:
     refuse(tmp_path, "no config.json")
 
@@ -170,9 +175,8 @@ def test_unknown_family(target_folder: Path, tmp_path: Path) -> None:
 def test_encoder_decoder(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
-        tmp_path
-    )
+    config = T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     refuse(tmp_path, "cannot be loaded")
 
 

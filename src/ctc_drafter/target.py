@@ -84,6 +84,8 @@ class Target:
         kind = resolve_dtype(dtype, where)
         if Path(path).is_dir():
             _check_folder(Path(path))
+        elif Path(path).is_absolute() or str(path).startswith((".", "~")) or Path(path).exists():
+            raise UserError(f"There is no model folder '{path}'.")
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(path, **options)

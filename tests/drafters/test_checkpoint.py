@@ -30,13 +30,16 @@ def drafts(drafter: Any) -> torch.Tensor:
     return torch.cat([tree.tokens, tree.parents, tree.depths])
 
 
-@pytest.mark.parametrize("config", [{}, {"topology": "merge", "tree": "paths"}, {"layers": 2, "feature_layers": [1, 2]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"topology": "merge", "tree": "paths"}, {"layers": 2, "feature_layers": [1, 2]}, {"vocabulary": 50}]
+)
 def test_round_trip(config: dict[str, Any], target: Target, tmp_path: Path) -> None:
     torch.manual_seed(3)
     fresh = CTCDrafter(CTCConfig(slots=5, labels=4, **config), target)
     with torch.no_grad():
         for p in fresh.parameters():
             p.normal_()
+    fresh.fit_vocabulary(torch.randint(0, 99, (target.vocab_size,)))
     fresh.save_pretrained(tmp_path / "d", {"note": 1})
     fresh.prepare()
     loaded = load_drafter(str(tmp_path / "d"), target)

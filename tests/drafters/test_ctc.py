@@ -19,6 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "merge": {"topology": "merge"},
     "merge, few tokens": {"topology": "merge", "vocabulary": 90},
     "merge, label loss": {"topology": "merge", "objective": "label", "tree": "paths"},
+    "merge, label loss, few tokens": {"topology": "merge", "objective": "label", "tree": "paths", "vocabulary": 90},
 }
 
 

@@ -91,8 +91,10 @@ class TrainableDrafter(Drafter):
     def target(self) -> Target:
         return self._borrowed[0]
 
-    def save_pretrained(self, folder: str | Path, extra: dict[str, Any] | None = None) -> None:
-        """Write the folder atomically; `extra` entries are added to config.json."""
+    def save_pretrained(
+        self, folder: str | Path, extra: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the folder atomically, weights in `dtype` (None: their own); `extra` is added to config.json."""
         target = self.target
         config = {
             "architectures": [type(self).__name__],
@@ -112,7 +114,7 @@ class TrainableDrafter(Drafter):
             "drafter": dataclasses.asdict(self.config),
             **(extra or {}),
         }
-        weights = {name: p.detach().to("cpu").contiguous() for name, p in self.state_dict().items()}
+        weights = {name: _stored(p, dtype) for name, p in self.state_dict().items()}
 
         def write(aside: Path) -> None:
             (aside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -135,6 +137,11 @@ class TrainableDrafter(Drafter):
 
     def prepare(self) -> None:
         """Called once after loading, on the target's device and dtype: derive inference-only tables."""
+
+
+def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    weight = weight.detach().to("cpu").contiguous()
+    return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
 
 
 def load_trainable(folder: Path, target: Target) -> Drafter:

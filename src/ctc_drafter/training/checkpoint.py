@@ -37,6 +37,8 @@ def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimiz
     """Copy a state written by `save_training_state` into `weights` and `optimizers` in place; return its meta."""
     try:
         meta: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if not {"step", "history"} <= meta.keys():
+            raise ValueError("state.json lacks step or history")
         tensors = load_file(path / "state.safetensors")
         with torch.no_grad():
             for name, tensor in weights.items():

@@ -239,7 +239,7 @@ def _optimize(
                 history.append({k: round(v, 4) for k, v in row.items()})
                 progress.console.print("  ".join(f"{k} {v:g}" for k, v in history[-1].items()))
                 save_training_state(state, parameters, optimizers, {"step": step + 1, "history": history})
-    drafter.save_pretrained(output, {"training": {"history": history, "steps": config.steps}})
+    drafter.save_pretrained(output, {"training": {"history": history, "steps": config.steps}}, target.dtype)
     write_text(output / "run.yaml", yaml.safe_dump({"recipe": asdict(config), "versions": versions()}, sort_keys=False))
     write_text(output.with_name(output.name + ".history.json"), json.dumps(history, indent=1))
 

@@ -1,7 +1,8 @@
 """Teach a small target not to run in circles: sequence-level unlikelihood (Welleck et al. 2020).
 
-The model answers training prompts greedily; in the answers that run into a loop, each token that completes an n-gram
-already written is made less likely, -log(1 - p). A batch of the corpus in every step keeps the language intact.
+The model answers training prompts greedily; where more than half of an answer repeats itself, each token that completes
+an n-gram already written is made less likely, -log(1 - p). A batch of the corpus in every step keeps the language
+intact.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def unlikelihood(
     for step in range(steps):
         group = [questions[(step * batch + i) % len(questions)] for i in range(batch)]
         answers = _greedy(model, tokenizer, group, max_new_tokens)
-        bad = [(q, a) for q, a in zip(group, answers) if ends_in_loop(a)]
-        looped, seen = looped + len(bad), seen + batch
+        bad = [(q, a) for q, a in zip(group, answers) if sum(repeated(a)) > len(a) / 2]
+        looped, seen = looped + sum(map(ends_in_loop, answers)), seen + batch
         for rate in optimizer.param_groups:
             rate["lr"] = lr * min(1.0, (step + 1) / 10, (steps - step) / max(1, steps // 3))
         loss = language_loss(step)

@@ -1,0 +1,93 @@
+"""Write the embedded models' card from what their training recorded.
+
+    python benchmarks/model_card.py src/ctc_drafter/embedded
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+CARD = """# The embedded models
+
+`target/`: a Llama of {millions:.1f} M parameters ({layers} layers, width {width}, {vocabulary:,} byte-level BPE tokens, context
+{context:,}) with its own chat template, trained from scratch on two CPU cores. `ctc/`, `paper/`: its drafters. They exist so that
+everything in this package can be run offline; the target writes plain English and arithmetic in the style of its data, and
+knows next to nothing. Do not ask it for facts.
+
+Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
+Weights are safetensors in bfloat16; licence Apache-2.0.
+
+## Data
+
+{tokens:,} tokens, one pass over a mixture of
+
+| source | licence |
+| --- | --- |
+| WildEval/ZeroEval: model answers to CRUX, MATH level 5 and NumerSense questions | Apache-2.0 |
+| teknium1/GPTeacher: general instructions | MIT |
+| openai/grade-school-math, training part | MIT |
+| lmarena/arena-hard-auto: model answers | Apache-2.0 |
+| allenai/WildBench: model answers | Apache-2.0 |
+| MicrosoftDocs/cpp-docs | CC-BY-4.0 |
+| python/peps | public domain or CC0 |
+
+Rows that share 13 consecutive words with a prompt of MT-bench, GSM8K (test), HumanEval or Spec-Bench were dropped. One prompt in a
+hundred, with all its answers, was held out. The drafters were trained on the target's own greedy answers to training prompts only.
+
+## Target: loss in nats per token
+
+| step | training | held-out |
+| --- | --- | --- |
+{losses}
+
+Then {unlikelihood} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
+greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}. Held-out loss of the shipped weights: {final:.3f}.
+
+## Drafters: held-out figures while training
+
+{drafters}
+
+`expected_accepted` is the drafter's own expectation of accepted labels (of {labels}) at a random place of a held-out answer.
+"""
+
+
+def main(folder: Path) -> None:
+    config = json.loads((folder / "target" / "config.json").read_text())
+    run = json.loads((folder / "target" / "pretrain.json").read_text())
+    losses = "\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"])
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
+    layer = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
+    parameters = config["vocab_size"] * width + config["num_hidden_layers"] * layer + width
+    drafters, labels = [], 0
+    for name in ("ctc", "paper"):
+        content = json.loads((folder / name / "config.json").read_text())
+        labels = content["drafter"]["labels"]
+        history = content["training"]["history"]
+        drafters.append(f"`{name}/`\n\n| step | held-out loss | expected_accepted | seconds |\n| --- | --- | --- | --- |")
+        drafters[-1] += "".join(
+            f"\n| {r['step']:,} | {r['held_out']:.3f} | {r['expected_accepted']:.3f} | {r['seconds']:,.0f} |" for r in history
+        )
+    text = CARD.format(
+        millions=parameters / 1e6,
+        layers=config["num_hidden_layers"],
+        width=width,
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        tokens=run["tokens"],
+        losses=losses,
+        unlikelihood=len(run["unlikelihood"]) * 10,
+        loops_before=run["unlikelihood"][0]["looped"],
+        loops_after=run["unlikelihood"][-1]["looped"],
+        final=run["held_out_loss"],
+        drafters="\n\n".join(drafters),
+        labels=labels,
+    )
+    (folder / "README.md").write_text(text)
+    print(f"Result: {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

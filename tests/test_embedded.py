@@ -1,0 +1,57 @@
+"""The models that ship with the package: small enough, lossless, and worth drafting for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ctc_drafter import Target, generate, load_drafter
+from ctc_drafter.bench.measure import Contender, measure
+from ctc_drafter.bench.prompts import demo_prompts
+from ctc_drafter.target import EMBEDDED
+
+MAX_BYTES = 32_000_000
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.load(dtype="float32")
+
+
+def test_size() -> None:
+    files = [f for f in EMBEDDED.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= MAX_BYTES
+    assert not [f for f in files if f.suffix in {".bin", ".pt", ".pkl", ".pickle"}]
+
+
+def test_target_has_the_promised_size(target: Target) -> None:
+    parameters = sum(p.numel() for p in target.model.parameters())
+    assert 10_000_000 <= parameters <= 30_000_000
+    assert target.config.model_type == "llama"
+
+
+@pytest.mark.parametrize(("name", "least_tau"), [("ctc", 1.6), ("paper", 1.2)])
+def test_drafted_equals_plain_and_drafting_helps(target: Target, name: str, least_tau: float) -> None:
+    drafter = load_drafter(name, target)
+    (result,) = measure(target, [Contender(name, drafter, 16)], demo_prompts(3), max_new_tokens=64)
+    assert result.totals["identical"] == result.totals["answers"] == 3
+    assert result.totals["tau"] > least_tau
+
+
+def test_plain_equals_transformers(target: Target) -> None:
+    import torch
+
+    ids = target.prompt_ids([{"role": "user", "content": demo_prompts(1)[0].turns[0]}])
+    plain = [t for s in generate(target, load_drafter("none", target), ids, max_new_tokens=64) for t in s.tokens]
+    with torch.inference_mode():
+        theirs = target.model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
+    assert plain == theirs
+
+
+def test_readme_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

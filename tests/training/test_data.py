@@ -1,0 +1,154 @@
+"""Reading data, and the masks that say what is trained."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctc_drafter.errors import UserError
+from ctc_drafter.training.data import chat_ids, copies, example_key, prompt_ids, read_jsonl
+from helpers import tokenizer
+
+WRITERS: dict[str, Callable[[Path, bytes], Any]] = {
+    ".jsonl": Path.write_bytes,
+    ".gz": lambda p, b: p.write_bytes(gzip.compress(b)),
+    ".xz": lambda p, b: p.write_bytes(lzma.compress(b)),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[bytes], Path]:
+    def to_file(content: bytes) -> Path:
+        path = tmp_path / f"data{request.param}"
+        WRITERS[request.param](path, content)
+        return path
+
+    return to_file
+
+
+def test_lines_are_numbered_and_empty_ones_skipped(write: Callable[[bytes], Path]) -> None:
+    path = write('{"a": "ü"}\n\n  \n{"b": 2}'.encode())
+    assert list(read_jsonl(path)) == [(1, {"a": "ü"}), (4, {"b": 2})]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b'{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not valid JSON"),
+        (b'{"a": 1}\n\n[1]\n', "line 3: expected a JSON object"),
+        (b'{"a": 1}\n"\xff"\n', r"after line \d: cannot be read"),
+    ],
+)
+def test_bad_lines_are_named(content: bytes, match: str, write: Callable[[bytes], Path]) -> None:
+    path = write(content)
+    with pytest.raises(UserError, match=match) as error:
+        list(read_jsonl(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+DAMAGES = [lambda b: b[: len(b) // 2], lambda b: b"plain" + b, lambda b: b[:30] + b"\0\1" + b[30:]]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_archives(suffix: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    WRITERS[suffix](path, b"".join(b'{"a": %d}\n' % (i * 7919) for i in range(500)))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"cannot be read|not valid JSON"):
+        list(read_jsonl(path))
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        list(read_jsonl(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_jsonl(tmp_path))
+
+
+# ---------------------------------------------------------------- chats
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "How many apples?"},
+    {"role": "assistant", "content": "6 apples."},
+    {"role": "user", "content": "And dogs?"},
+    {"role": "assistant", "content": "The dog. One."},
+]
+WITHOUT_MARKS = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def trained_text(tok: Any, ids: list[int], mask: list[int]) -> list[str]:
+    """The maximal runs of trained tokens, as text."""
+    runs: list[list[int]] = []
+    for i, (token, m) in enumerate(zip(ids, mask)):
+        if m and (i == 0 or not mask[i - 1]):
+            runs.append([])
+        if m:
+            runs[-1].append(token)
+    return [tok.decode(run) for run in runs]
+
+
+@pytest.fixture(params=["generation marks", "nesting"])
+def chatty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    tok = tokenizer()
+    if request.param == "nesting":
+        monkeypatch.setattr(tok, "chat_template", WITHOUT_MARKS)
+    return tok
+
+
+def test_only_answers_are_trained(chatty: Any) -> None:
+    ids, mask = chat_ids(chatty, CHAT)
+    assert ids == list(chatty.apply_chat_template(CHAT, return_dict=True)["input_ids"])
+    assert len(ids) == len(mask) and set(mask) == {0, 1}
+    assert trained_text(chatty, ids, mask) == ["6 apples.<|end|>", "The dog. One.<|end|>"]
+
+
+def test_a_prompt_is_the_beginning_of_its_chat(chatty: Any) -> None:
+    ids, mask = chat_ids(chatty, CHAT[:3])
+    prompt = prompt_ids(chatty, CHAT[:2])
+    assert ids[: len(prompt)] == prompt and mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+
+
+def test_chat_without_an_answer(chatty: Any) -> None:
+    with pytest.raises(UserError, match="no assistant token"):
+        chat_ids(chatty, CHAT[:2])
+
+
+def test_template_that_rewrites_earlier_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    tok = tokenizer()
+    rewriting = "{{ messages | length }}" + WITHOUT_MARKS
+    monkeypatch.setattr(tok, "chat_template", rewriting)
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        chat_ids(tok, CHAT)
+
+
+def test_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    tok = tokenizer()
+    monkeypatch.setattr(tok, "chat_template", None)
+    with pytest.raises(UserError, match="no chat template"):
+        chat_ids(tok, CHAT)
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_answers_to_one_prompt_share_a_key() -> None:
+    one, two = {"messages": CHAT[1:3]}, {"messages": [CHAT[1], CHAT[4]]}
+    assert example_key(one) == example_key(two) != example_key({"text": "How many?"})
+
+
+def test_copies_meet_their_rate() -> None:
+    rows = [{"text": str(i)} for i in range(2000)]
+    for rate in (0.0, 0.25, 1.0, 2.5):
+        counts = [copies(r, rate) for r in rows]
+        assert set(counts) <= {int(rate), int(rate) + 1}
+        assert sum(counts) / len(rows) == pytest.approx(rate, abs=0.05)

@@ -1,0 +1,129 @@
+"""Distillation: the target's own greedy answers, once each, also after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import build_target
+from ctc_drafter.drafters import NoDrafter
+from ctc_drafter.errors import UserError
+from ctc_drafter.target import Target
+from ctc_drafter.training.distill import DistillConfig, distill
+from helpers import run
+
+TOKENS = 12
+
+
+@pytest.fixture
+def recipe(target_folder: Path, tmp_path: Path) -> DistillConfig:
+    questions = [f"Question {i}" + " and more" * (i % 4) for i in range(40)]
+    rows: list[dict[str, Any]] = [{"turns": [q], "category": "a"} for q in questions]
+    for chat in ([("system", "Be brief."), ("user", "Hi")], [("user", "Ho"), ("assistant", "!")]):
+        rows.append({"messages": [{"role": role, "content": text} for role, text in chat], "source": "b"})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, rows[3]]))
+    return DistillConfig(
+        prompts=[str(tmp_path / "prompts.jsonl")],
+        output=str(tmp_path / "out" / "answers.jsonl"),
+        target=str(target_folder),
+        max_new_tokens=TOKENS,
+        batch=2,
+        dtype="float32",
+        device="cpu",
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_plain_greedy_decoding(recipe: DistillConfig, target: Target) -> None:
+    rows = rows_of(distill(recipe))
+    assert len(rows) == 42 == len({r["id"] for r in rows})
+    assert {r["source"] for r in rows} == {"a", "b"}
+    assert target.prompt_ids([{"role": "user", "content": "Ho"}]) in [r["prompt_ids"] for r in rows]
+    for row in rows:
+        assert row["answer_ids"] == run(target, NoDrafter(), row["prompt_ids"], TOKENS)[0]
+        assert row["answer"] == target.tokenizer.decode(row["answer_ids"], skip_special_tokens=True)
+
+
+def test_a_models_own_generation_settings_do_not_leak_in(recipe: DistillConfig, tmp_path: Path) -> None:
+    folder = build_target(tmp_path / "opinionated")
+    own = {"do_sample": True, "temperature": 0.5, "top_p": 0.3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    target = Target.load(folder, dtype="float32", device="cpu")
+    for row in rows_of(distill(replace(recipe, target=str(folder), limit=6))):
+        assert row["answer_ids"] == run(target, NoDrafter(), row["prompt_ids"], TOKENS)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kept", [0, 1, 2, 17, 40, 42])
+def test_resuming_after_a_kill(kept: int, temperature: float, recipe: DistillConfig) -> None:
+    """A run killed in the middle of a line goes on as if nothing had happened."""
+    recipe = replace(recipe, temperature=temperature)
+    output = distill(recipe)
+    lines = output.read_text().splitlines(keepends=True)
+    kept -= kept % recipe.batch if temperature else 0  # sampling repeats whole batches only
+    output.write_text("".join(lines[:kept]) + "".join(lines[kept:])[:23])
+    distill(recipe)
+    assert output.read_text() == "".join(lines)
+    distill(recipe)
+    assert output.read_text() == "".join(lines)
+
+
+def test_sampling_depends_on_the_seed(recipe: DistillConfig, tmp_path: Path) -> None:
+    def answers(seed: int, name: str) -> list[Any]:
+        out = distill(replace(recipe, temperature=1.0, seed=seed, output=str(tmp_path / name), limit=4))
+        return [r["answer_ids"] for r in rows_of(out)]
+
+    assert answers(1, "a") == answers(1, "b") != answers(2, "c")
+
+
+def test_sampling_leaves_the_callers_random_state_usable(recipe: DistillConfig) -> None:
+    distill(replace(recipe, limit=2))
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_mixture_and_limit(recipe: DistillConfig, tmp_path: Path) -> None:
+    only_b = distill(replace(recipe, mixture={"a": 0.0}, output=str(tmp_path / "b")))
+    assert [r["source"] for r in rows_of(only_b)] == ["b", "b"]
+    assert len(rows_of(distill(replace(recipe, limit=5, output=str(tmp_path / "five"))))) == 5
+
+
+def test_long_prompts_are_left_out(recipe: DistillConfig, target: Target) -> None:
+    assert all(len(r["prompt_ids"]) <= 14 for r in rows_of(distill(replace(recipe, max_prompt_tokens=14))))
+    with pytest.raises(UserError, match="No usable prompt"):
+        distill(replace(recipe, max_new_tokens=target.max_context, output=recipe.output + "2"))
+
+
+def refused(recipe: DistillConfig) -> str:
+    with pytest.raises(UserError) as error:
+        distill(recipe)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"turns": ["mine"]}\n', '{"turns": ["mine"]}', "my notes\n", "my notes", '{"id": 3}\n']
+)
+def test_other_files_are_not_touched(content: str, recipe: DistillConfig) -> None:
+    Path(recipe.output).parent.mkdir()
+    Path(recipe.output).write_text(content)
+    refused(recipe)
+    assert Path(recipe.output).read_text() == content
+
+
+def test_row_without_a_question(recipe: DistillConfig) -> None:
+    with Path(recipe.prompts[0]).open("a") as file:
+        file.write('{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
+    assert "line 44: neither `turns` nor `messages`" in refused(recipe)
+    assert not Path(recipe.output).exists()
+
+
+def test_target_without_chat_template(recipe: DistillConfig, tmp_path: Path) -> None:
+    assert "chat template" in refused(replace(recipe, target=str(build_target(tmp_path / "raw", chat=False))))

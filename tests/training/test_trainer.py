@@ -1,0 +1,265 @@
+"""Training a drafter: the problems it is given, and resuming as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from conftest import TEXTS
+from ctc_drafter.drafters import load_drafter
+from ctc_drafter.errors import UserError
+from ctc_drafter.target import Target
+from ctc_drafter.training import trainer
+from ctc_drafter.training.trainer import TrainConfig, _batch, _Sequence, make_problems, train
+
+# ---------------------------------------------------------------- problems
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[_Sequence]:
+    out = []
+    for _ in range(draw(st.integers(1, 4))):
+        mask = draw(st.lists(st.integers(0, 1), min_size=1, max_size=12)) + [1, 1, 1]
+        mask += draw(st.lists(st.integers(0, 1), max_size=12))
+        out.append(_Sequence(list(range(100, 100 + len(mask))), mask))
+    return out
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99))
+def test_problems_are_what_they_say(rows: list[_Sequence], anchors: int, labels: int, seed: int) -> None:
+    ids, where, what = make_problems(rows, anchors, labels, torch.Generator().manual_seed(seed))
+    assert ids.shape == (len(rows), max(len(r.ids) for r in rows))
+    assert where.shape == (len(rows), anchors) and what.shape == (len(rows), anchors, labels)
+    for i, row in enumerate(rows):
+        assert ids[i, : len(row.ids)].tolist() == row.ids
+        for t, got in zip(where[i].tolist(), what[i].tolist()):
+            assert row.mask[t + 1] and row.mask[t + 2]  # root and first label are in the answer
+            want = []
+            for j in range(t + 2, t + 2 + labels):
+                inside = j < len(row.ids) and row.mask[j] and (not want or want[-1] != -100)
+                want.append(row.ids[j] if inside else -100)
+            assert got == want
+
+
+def test_long_answers_repeat_no_anchor() -> None:
+    rows = [_Sequence(list(range(40)), [0] * 5 + [1] * 35), _Sequence(list(range(40)), [0] * 9 + [1] * 31)]
+    _, where, _ = make_problems(rows, 25, 3, torch.Generator().manual_seed(0))
+    assert all(len(set(row.tolist())) == 25 for row in where)
+
+
+@pytest.mark.parametrize("count", [8, 50, 101])
+def test_every_epoch_uses_every_batch_once(count: int) -> None:
+    rows = [_Sequence([i] * (1 + i % 17), [1]) for i in range(count)]
+    config = TrainConfig(data=[], output="", batch=2, seed=3)
+    per_epoch = count // 2
+    for epoch in range(3):
+        used = Counter(s.ids[0] for i in range(per_epoch) for s in _batch(rows, epoch * per_epoch + i, config))
+        assert set(used.values()) == {1} and len(used) == 2 * per_epoch
+    assert _batch(rows, 5, config) == _batch(rows, 5, config)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def data(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers of both kinds: distilled rows and chats."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows: list[dict[str, Any]] = []
+    for i in range(24):
+        ids = target.tokenizer(TEXTS[i % 5])["input_ids"]
+        rows.append({"id": str(i), "prompt_ids": ids[: 2 + i % 3], "answer_ids": ids[2 + i % 3 :]})
+    for i in range(8):
+        messages = [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": TEXTS[i % 5]}]
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(target_folder: Path, data: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        target=str(target_folder),
+        data=[str(data)],
+        output=str(tmp_path / "drafter"),
+        drafter={"slots": 4, "labels": 3, "context_rank": 8},
+        steps=6,
+        batch=4,
+        anchors=6,
+        warmup=2,
+        decay=3,
+        held_out=0.2,
+        checkpoint_every=3,
+        dtype="float32",
+        device="cpu",
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+    return tensors
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Die in the given step, like a process that is killed: nothing of that step is kept."""
+    real = trainer._batch
+
+    def batch(sequences: Any, at: int, config: Any) -> Any:
+        if at == step:
+            raise Killed
+        return real(sequences, at, config)
+
+    monkeypatch.setattr(trainer, "_batch", batch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [{}, {"topology": "merge", "objective": "label", "tree": "paths"}])
+def test_resuming_changes_nothing(
+    dtype: str, config: dict[str, Any], recipe: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, dtype=dtype, drafter={**recipe.drafter, **config})
+    whole = train(replace(recipe, output=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        killed_at(5, patch)
+        with pytest.raises(Killed):
+            train(recipe)
+    assert not Path(recipe.output).exists()
+    resumed = train(recipe)
+    mine, want = weights(resumed), weights(whole)
+    assert mine.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(mine[name], value), name
+    history = json.loads((resumed / "config.json").read_text())["training"]["history"]
+    expected = json.loads((whole / "config.json").read_text())["training"]["history"]
+    assert [row["step"] for row in history] == [3, 6]
+    for row in (*history, *expected):
+        del row["loss"]  # a running mean, which starts anew
+    assert [{**row, "seconds": 0} for row in history] == [{**row, "seconds": 0} for row in expected]
+    assert history[0]["seconds"] <= history[1]["seconds"]
+
+
+def test_training_teaches(recipe: TrainConfig, target: Target) -> None:
+    folder = train(replace(recipe, steps=40, checkpoint_every=10, lr_matrix=1e-2, lr_other=1e-2))
+    history = json.loads((folder / "config.json").read_text())["training"]["history"]
+    assert history[-1]["held_out"] < 0.9 * history[0]["held_out"]
+    assert history[-1]["expected_accepted"] > history[0]["expected_accepted"]
+    assert load_drafter(str(folder), target).num_parameters > 0
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    assert run["recipe"]["steps"] == 40 and {"torch", "transformers", "ctc_drafter"} <= run["versions"].keys()
+
+
+def test_seed_decides_the_weights(recipe: TrainConfig, tmp_path: Path) -> None:
+    one, other = (train(replace(recipe, output=str(tmp_path / str(s)), seed=s, steps=1)) for s in (1, 2))
+    assert not torch.equal(weights(one)["module.fuse.weight"], weights(other)["module.fuse.weight"])
+
+
+def test_dry_run_writes_nothing(recipe: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe, dry_run=True)
+    assert "6 steps x 4 sequences x 6 anchors" in capsys.readouterr().err
+    assert list(Path(recipe.output).parent.iterdir()) == []
+
+
+def refused(recipe: TrainConfig) -> str:
+    with pytest.raises(UserError) as error:
+        train(recipe)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_existing_folder_is_not_overwritten(recipe: TrainConfig) -> None:
+    Path(recipe.output).mkdir()
+    (Path(recipe.output) / "mine").write_text("precious")
+    assert "choose another output" in refused(recipe)
+    assert (Path(recipe.output) / "mine").read_text() == "precious"
+
+
+def test_state_of_another_shape(recipe: TrainConfig) -> None:
+    train(recipe)
+    assert "does not fit" in refused(replace(recipe, drafter={**recipe.drafter, "slots": 5}))
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_damaged_state(name: str, recipe: TrainConfig) -> None:
+    folder = train(recipe)
+    state = folder.with_name("drafter.state") / name
+    state.write_bytes(state.read_bytes()[:-20])
+    assert "damaged" in refused(recipe)
+
+
+def test_state_without_its_step(recipe: TrainConfig) -> None:
+    folder = train(recipe)
+    state = folder.with_name("drafter.state")
+    meta = json.loads((state / "state.json").read_text())
+    del meta["step"]
+    (state / "state.json").write_text(json.dumps(meta))
+    assert "damaged" in refused(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"kind": "oracle"}, "no trainable drafter 'oracle'"),
+        ({"kind": "none"}, "no trainable drafter 'none'"),
+        ({"drafter": {"slotz": 3}}, "unknown key 'slotz'"),
+        ({"drafter": {"slots": 2}}, "labels"),
+        ({"drafter": {"feature_layers": [9]}}, "no feature layer 9"),
+        ({"batch": 100}, "fewer than one batch of 100"),
+    ],
+)
+def test_impossible_recipes(change: dict[str, Any], match: str, recipe: TrainConfig) -> None:
+    assert match in refused(replace(recipe, **change))
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"text": "only text"}, "line 2: expected prompt_ids and answer_ids, or messages"),
+        ({"prompt_ids": [1], "answer_ids": [2, 3, 10**6]}, "line 2: token 1000000 is outside the vocabulary"),
+    ],
+)
+def test_foreign_data(row: dict[str, Any], match: str, recipe: TrainConfig, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.jsonl"
+    path.write_text(data.read_text().splitlines()[0] + "\n" + json.dumps(row) + "\n")
+    assert match in refused(replace(recipe, data=[str(path)]))
+
+
+def test_sequences_longer_than_the_context_are_cut(recipe: TrainConfig, target: Target, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    ids = [5 + i % 90 for i in range(target.max_context + 50)]
+    rows = [{"id": str(i), "prompt_ids": ids[:3], "answer_ids": ids} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(replace(recipe, data=[str(path)], steps=1, batch=2, held_out=0.0))
+
+
+def test_answers_without_two_neighbours_are_left_out(recipe: TrainConfig, data: Path, tmp_path: Path) -> None:
+    """There is no root and label in them; they must not end the run."""
+    path = tmp_path / "short.jsonl"
+    short = json.dumps({"id": "x", "prompt_ids": [5, 6], "answer_ids": [7]}) + "\n"
+    path.write_text(short * 5 + data.read_text())
+    train(replace(recipe, data=[str(path)], steps=9, batch=4))
+
+
+def test_nothing_is_lost_when_a_run_is_repeated(recipe: TrainConfig, tmp_path: Path) -> None:
+    folder = train(recipe)
+    before = weights(folder)
+    train(recipe)
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
+    shutil.rmtree(folder)
+    train(recipe)
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
