@@ -29,7 +29,7 @@ class DistillConfig:
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each `source` (0..1) to use; 1.0 if absent."""
     limit: int = 0
-    """0: all prompts."""
+    """Only the first so many prompts that fit; 0: all."""
     max_prompt_tokens: int = 512
     max_new_tokens: int = 192
     batch: int = 64
@@ -100,6 +100,7 @@ def _finished(output: Path) -> set[str]:
 def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, list[int]]]:
     """(id, source, prompt ids), each prompt once."""
     seen: set[str] = set()
+    count = 0
     for path in config.prompts:
         for line, row in read_jsonl(path):
             source = str(row.get("source", row.get("category", "")))
@@ -109,9 +110,11 @@ def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, 
                 continue
             seen.add(key)
             ids = target.prompt_ids(messages)
-            if len(ids) <= min(config.max_prompt_tokens, target.max_context - config.max_new_tokens):
-                yield key, source, ids
-            if config.limit and len(seen) >= config.limit:
+            if len(ids) > min(config.max_prompt_tokens, target.max_context - config.max_new_tokens):
+                continue
+            yield key, source, ids
+            count += 1
+            if count == config.limit:
                 return
 
 
