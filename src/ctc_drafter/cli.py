@@ -1,4 +1,4 @@
-"""The command line. Each command is a thin call into a room of the package, imported only when it runs."""
+"""The command line. Each command is a thin call into a module below, imported only when it runs."""
 
 from __future__ import annotations
 
