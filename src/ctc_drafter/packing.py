@@ -25,28 +25,32 @@ class PackedLinears:
         self._layers = [layer for layer in layers if _packable(layer.weight)]
         self._bytes_each = sum(layer.weight.nbytes for layer in self._layers)
         self._packed: list[dict[int, torch.Tensor]] = [{} for _ in self._layers]
-        self._rows: set[int] = set()
+        self._rows: list[int] = []
         for layer, packed in zip(self._layers, self._packed):
             forward = _forward_float32 if layer.weight.dtype == torch.float32 else _forward_bfloat16
             layer.forward = forward(layer, packed)  # type: ignore[method-assign, assignment]
 
     def prepare(self, rows: int) -> None:
-        """Pack for products of `rows` rows, unless that is done, pointless or would take too much memory."""
+        """Pack for products of `rows` rows, unless that is done, pointless or takes too much memory; the oldest go first."""
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
         rows = ANY if low_precision else rows
         if rows in self._rows or rows > MAX_ROWS or rows == 1:
             return
-        if (len(self._rows) + 1) * self._bytes_each > MAX_BYTES:
+        if self._bytes_each > MAX_BYTES:
             return
+        while (len(self._rows) + 1) * self._bytes_each > MAX_BYTES:
+            oldest = self._rows.pop(0)
+            for packed in self._packed:
+                del packed[oldest]
         for layer, packed in zip(self._layers, self._packed):
             weight = layer.weight.detach()
             if low_precision:
                 packed[ANY] = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
             else:
                 packed[rows] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-        self._rows.add(rows)
+        self._rows.append(rows)
 
 
 def _packable(weight: torch.Tensor) -> bool:

@@ -212,7 +212,8 @@ class Target:
     def self_test(self) -> None:
         """Score a tree in one pass and branch by branch, also after compaction; raise UserError if they differ."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, min(self.vocab_size, 1000), (16,), generator=generator).tolist()
+        order = torch.randperm(min(max(self.vocab_size, 16), 1000), generator=generator)
+        ids = (order[:16] % self.vocab_size).tolist()
         prompt, root, nodes, after = ids[:8], ids[8], ids[9:14], ids[14]
         paths = [[nodes[0], nodes[1], nodes[2]], [nodes[0], nodes[3]], [nodes[4]]]
         advice = "it can only be used by its own generate()"

@@ -52,7 +52,6 @@ class Stream:
 
     def advance(self) -> None:
         """Run one step of the model and append its text, the draft's tokens coloured."""
-        self.target.capture(self.drafter.feature_layers)  # two runs take turns on one target
         step = next(self._steps)
         for i, token in enumerate(step.tokens):
             style = DRAFTED if i < step.accepted else ""
