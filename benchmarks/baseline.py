@@ -52,7 +52,8 @@ def main() -> None:
                     torch.tensor([ids], device=target.device),
                     max_new_tokens=arguments.max_new_tokens,
                     do_sample=False,
-                    eos_token_id=sorted(target.stop_ids),
+                    repetition_penalty=1.0,
+                    eos_token_id=sorted(target.stop_ids) or None,
                 )
             return out[0, len(ids) :].tolist()
 

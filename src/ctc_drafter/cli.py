@@ -42,6 +42,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
             sys.exit(141)
+        except OSError as error:
+            place = f"'{error.filename}'" if error.filename else "A file"
+            _fail(f"{place} could not be read or written ({error.strerror or error}); what was finished is kept.", 2)
 
     return app.command()(guarded)
 
@@ -236,6 +239,7 @@ def distill(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Answers generated at once.")] = None,
     limit: Limit = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the target's own answers to prompts: what drafters are trained on."""
     from .config import load_recipe
@@ -243,7 +247,7 @@ def distill(
     from .training.distill import distill as run
 
     given: dict[str, Any] = {"target": target, "prompts": prompts, "output": output, "max_new_tokens": max_new_tokens}
-    given |= {"batch": batch, "limit": limit, "temperature": temperature}
+    given |= {"batch": batch, "limit": limit, "temperature": temperature, "trust_remote_code": trust_remote_code}
     print(f"Answers: {run(load_recipe(DistillConfig, config, given))}")
 
 
@@ -254,18 +258,21 @@ def train(
     output: Annotated[str | None, typer.Option("--output", help="Drafter folder to write; a rerun resumes it.")] = None,
     target: TargetName = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and sizes, and stop.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a drafter for a target."""
     from .config import load_recipe
     from .training.trainer import TrainConfig
     from .training.trainer import train as run
 
-    recipe = load_recipe(TrainConfig, config, {"data": data, "output": output, "target": target, "steps": steps})
+    given: dict[str, Any] = {"data": data, "output": output, "target": target, "steps": steps}
+    recipe = load_recipe(TrainConfig, config, {**given, "trust_remote_code": trust_remote_code})
     if dry_run:
         _print_recipe(recipe)
-    else:
-        print(f"Drafter: {run(recipe)}")
+    folder = run(recipe, dry_run=dry_run)
+    if not dry_run:
+        print(f"Drafter: {folder}")
 
 
 @command

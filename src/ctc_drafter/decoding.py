@@ -62,6 +62,7 @@ class _Sequence:
         self.target, self.drafter = target, drafter
         self.chooser = Chooser(sampling, target.device)
         self.cache = target.new_cache(capacity)
+        self._ticket = object()
         self.context: list[int] = []
         """All ids up to the root."""
         self.features = self.next_tokens = torch.empty(0)
@@ -71,6 +72,7 @@ class _Sequence:
         """Read the prompt; returns the first token."""
         target = self.target
         self.drafter.start(self.cache.capacity)
+        self.drafter.serves = self._ticket
         target.capture(self.drafter.feature_layers)
         logits, self.features = target.prefill(prompt_ids, self.cache)
         empty = DraftTree.empty(1, target.device)
@@ -84,6 +86,8 @@ class _Sequence:
     def step(self, budget: int, clock: _Clock) -> tuple[list[int], int]:
         """Draft, score, accept, commit; returns the new tokens (the accepted ones and one more) and the tree's size."""
         target, drafter = self.target, self.drafter
+        if drafter.serves is not self._ticket and not drafter.stateless:
+            raise UserError("Another generation has begun with this drafter; load one drafter for each at a time.")
         guess = drafter.draft(self.features, self.next_tokens)
         clock.lap("draft")
         tree = drafter.tree(guess, budget)
@@ -183,5 +187,5 @@ class _Ending:
     def _stopped(self) -> bool:
         if not self._stop:
             return False
-        text = self._target.tokenizer.decode(self._tokens[-self._window :], skip_special_tokens=True)
+        text = self._target.tokenizer.decode(self._tokens[-self._window :])
         return any(s in text for s in self._stop)

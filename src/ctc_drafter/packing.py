@@ -31,7 +31,7 @@ class PackedLinears:
             layer.forward = forward(layer, packed)  # type: ignore[method-assign, assignment]
 
     def prepare(self, rows: int) -> None:
-        """Pack for products of `rows` rows, unless that is done, pointless or takes too much memory; the oldest go first."""
+        """Pack for products of `rows` rows, unless that is done or pointless; past MAX_BYTES the oldest copies go."""
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16

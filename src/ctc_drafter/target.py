@@ -38,6 +38,10 @@ class Target:
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.max_context: int = getattr(config, "max_position_embeddings", None) or 2**20
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Long factors are chosen by the farthest position of a pass, so a tree would switch to them too early.
+            self.max_context = min(self.max_context, rope.get("original_max_position_embeddings", self.max_context))
         self.stop_ids = _stop_ids(self.model, tokenizer)
         self._windows = _windows(config)
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
@@ -278,6 +282,8 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(1, device=where)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # clocks and memory counters read the current device
     return where
 
 

@@ -191,7 +191,7 @@ def test_existing_folder_is_not_overwritten(recipe: TrainConfig) -> None:
 
 def test_state_of_another_shape(recipe: TrainConfig) -> None:
     train(recipe)
-    assert "does not fit" in refused(replace(recipe, drafter={**recipe.drafter, "slots": 5}))
+    assert "another recipe (drafter differ)" in refused(replace(recipe, drafter={**recipe.drafter, "slots": 5}))
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
@@ -229,7 +229,8 @@ def test_impossible_recipes(change: dict[str, Any], match: str, recipe: TrainCon
 @pytest.mark.parametrize(
     ("row", "match"),
     [
-        ({"text": "only text"}, "line 2: expected prompt_ids and answer_ids, or messages"),
+        ({"note": "only this"}, "line 2: expected prompt_ids and answer_ids, messages, or text"),
+        ({"messages": [{"role": "user"}]}, "line 2: each message needs a `role` and a `content`"),
         ({"prompt_ids": [1], "answer_ids": [2, 3, 10**6]}, "line 2: token 1000000 is outside the vocabulary"),
     ],
 )

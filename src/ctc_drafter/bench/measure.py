@@ -22,14 +22,13 @@ from typing import Any
 import torch
 
 from ..acceptance import Sampling
-from ..decoding import Step, generate
+from ..decoding import PHASES, Step, generate
 from ..drafters import Drafter, load_drafter
 from ..errors import UserError
 from ..loops import ends_in_loop
 from ..target import Target
 from .prompts import Prompt
 
-PARTS = ("draft", "tree", "score", "accept", "commit")
 WARM_UP_TOKENS = 24
 
 Row = dict[str, Any]
@@ -267,7 +266,7 @@ def acceptance_at(accepted: Sequence[int]) -> list[float]:
 
 def split(parts: Sequence[dict[str, float]], steps: int) -> dict[str, Any]:
     """Share of step time of each part, and under `microseconds` its mean per step (`step`: all of it)."""
-    seconds = {name: sum(p.get(name, 0.0) for p in parts) for name in PARTS}
+    seconds = {name: sum(p.get(name, 0.0) for p in parts) for name in PHASES}
     whole = sum(seconds.values())
     micro = {name: _ratio(1e6 * s, steps) for name, s in {**seconds, "step": whole}.items()}
     return {**{name: _ratio(s, whole) for name, s in seconds.items()}, "microseconds": micro}

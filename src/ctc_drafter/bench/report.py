@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .measure import PARTS, Result
+from ..decoding import PHASES
+from .measure import Result
 
 
 def report_console() -> Console:
@@ -90,10 +91,10 @@ def acceptance_table(results: Sequence[Result]) -> Table:
 
 def split_table(results: Sequence[Result]) -> Table:
     """Where a verification step's time goes."""
-    table = _table("time of a step", *PARTS, "microseconds")
+    table = _table("time of a step", *PHASES, "microseconds")
     for result in results:
         split = result.totals["split"]
-        shares = (None if split[part] is None else 100 * split[part] for part in PARTS)
+        shares = (None if split[part] is None else 100 * split[part] for part in PHASES)
         table.add_row(_label(result), *(number(s, 1, "%") for s in shares), number(split["microseconds"]["step"], 0))
     return table
 

@@ -30,8 +30,9 @@ def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
     Raises UserError if there is no such drafter or it was made for another target.
     """
     name = name_or_path or "ctc"
-    if name == "none":
-        return NoDrafter()
+    kind = DRAFTERS.get(name)
+    if kind is not None and not issubclass(kind, TrainableDrafter):
+        return kind()
     folder = EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
     if not folder.is_dir():
         known = ", ".join(("none", *EMBEDDED_DRAFTERS))

@@ -43,6 +43,9 @@ class Drafter(nn.Module):
     kind: ClassVar[str] = ""
     feature_layers: tuple[int, ...] = ()
     name: str = ""
+    stateless: ClassVar[bool] = False
+    serves: object = None
+    """The generation whose context the drafter holds."""
 
     def start(self, capacity: int) -> None:
         """Forget the last sequence; at most `capacity` positions will follow."""

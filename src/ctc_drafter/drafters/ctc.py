@@ -215,10 +215,12 @@ class CTCDrafter(TrainableDrafter):
         prefix, label_loss = self._scores(logits, roots, labels, rows.clamp_min(0), lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
         counted = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
-        expected = (prefix.detach().exp() * counted).sum(-1).mean()
+        accepted = prefix.detach().exp() * counted
+        expected, first = accepted.sum(-1).mean(), accepted[:, 0].mean()
+        loss = loss * (lengths > 0)
         return loss.sum() / (lengths > 0).sum().clamp_min(1), {
             "expected_accepted": expected,
-            "first": prefix[:, 0].detach().exp().mean(),
+            "first": first,
         }
 
     def _scores(

@@ -15,6 +15,7 @@ class NoDrafter(Drafter):
     """Plain decoding: the baseline of every measurement."""
 
     name = "none"
+    stateless = True
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         return next_tokens.device

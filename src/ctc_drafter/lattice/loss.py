@@ -100,7 +100,8 @@ def context_log_normalizers(slot_logits: Tensor, context_logits: Tensor) -> Tens
     slot, context = slot_logits.to(dtype), context_logits.to(dtype)
     slot_max = _finite_max(slot)
     context_max = _finite_max(context)
-    total = torch.bmm((slot - slot_max).exp(), (context - context_max).exp().transpose(1, 2))
+    with torch.autocast(slot.device.type, enabled=False):  # it would round the sum to its own low precision
+        total = torch.bmm((slot - slot_max).exp(), (context - context_max).exp().transpose(1, 2))
     return total.clamp_min(torch.finfo(dtype).tiny).log() + slot_max + context_max.transpose(1, 2)
 
 

@@ -11,9 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
-from ..files import write_folder
+from ..files import write_folder, write_text
 
 Optimizers = list[torch.optim.Optimizer]
+
+
+def check_recipe(path: Path, recipe: dict[str, Any], free: set[str]) -> None:
+    """Write `recipe` to `path`, or compare the two; raise UserError if a key that is not in `free` differs."""
+    if path.exists():
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"'{path}' is damaged; remove '{path.parent}' to start anew.") from None
+        changed = [key for key in recipe if key not in free and old.get(key) != recipe[key]]
+        if changed:
+            raise UserError(
+                f"'{path}' belongs to another recipe ({', '.join(changed)} differ); "
+                f"remove '{path.parent}' or choose another output."
+            )
+    write_text(path, json.dumps(recipe, indent=1))
 
 
 def save_training_state(

@@ -39,6 +39,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"File '{path}' cannot be read ({error.strerror or error}).") from None
 
 
+def messages_of(row: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """The `messages` of a row, checked: a list of {role, content} texts. `where` names the row in errors."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: `messages` must be a list that is not empty.")
+    for message in messages:
+        fields = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not all(isinstance(field, str) for field in fields):
+            raise UserError(f"{where}: each message needs a `role` and a `content`, both texts.")
+    return messages
+
+
 def text_key(text: str) -> int:
     """A stable 64-bit hash of a text; splits and samples are made by it, so that they survive any reordering."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UserError
 from ..target import Target
-from .data import copies, example_key, read_jsonl
+from .data import copies, example_key, messages_of, read_jsonl
 
 
 @dataclass
@@ -38,6 +38,12 @@ class DistillConfig:
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.max_new_tokens, self.max_prompt_tokens) < 1 or self.limit < 0 or self.temperature < 0:
+            raise ValueError(
+                "batch, max_new_tokens and max_prompt_tokens must be positive, limit and temperature not negative"
+            )
 
 
 @torch.inference_mode()
@@ -84,16 +90,23 @@ def _finished(output: Path) -> set[str]:
     """Ids already in the file; a last line cut by a kill is removed."""
     if not output.exists():
         return set()
-    text = output.read_bytes()
-    end = text.rfind(b"\n") + 1
-    if end < len(text) and not text[end:].startswith(b'{"id": "'[: len(text) - end]):
-        raise UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
-    if end < len(text):
+    content = output.read_bytes()
+    end = content.rfind(b"\n") + 1
+    foreign = UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
+    try:
+        rows = [json.loads(line) for line in content[:end].splitlines()]
+    except ValueError:
+        raise foreign from None
+    if not all(isinstance(row, dict) and {"id", "answer_ids"} <= row.keys() for row in rows):
+        raise foreign
+    tail = content[end:]
+    if tail:
+        start = b'{"id": "'
+        key = tail[len(start) : len(start) + 16]
+        if not tail.startswith(start[: len(tail)]) or key.strip(b"0123456789abcdef"):
+            raise foreign
         with output.open("r+b") as file:
             file.truncate(end)
-    rows = [row for _, row in read_jsonl(output)]
-    if not all({"id", "answer_ids"} <= row.keys() for row in rows):
-        raise UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
     return {row["id"] for row in rows}
 
 
@@ -120,9 +133,12 @@ def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, 
 
 def _prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     if "turns" in row:
-        return [{"role": "user", "content": row["turns"][0]}]
+        turns = row["turns"]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+            raise UserError(f"{where}: `turns` must be a list of texts that is not empty.")
+        return [{"role": "user", "content": turns[0]}]
     messages: list[dict[str, str]] = []
-    for message in row.get("messages", []):
+    for message in messages_of(row, where) if "messages" in row else []:
         if message["role"] == "assistant":
             break
         messages.append(message)

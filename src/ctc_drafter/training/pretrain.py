@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..errors import UserError
 from ..files import write_folder
 from ..target import resolve_device
-from .checkpoint import load_training_state, save_training_state
-from .data import chat_ids, copies, example_key, read_jsonl, row_text, text_key
+from .checkpoint import check_recipe, load_training_state, save_training_state
+from .data import chat_ids, copies, example_key, messages_of, read_jsonl, row_text, text_key
 from .optim import (
     fp32_masters,
     gradients_to_masters,
@@ -86,12 +86,19 @@ class PretrainConfig:
     checkpoint_every: int = 200
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.batch, self.block, self.steps, self.checkpoint_every) < 1:
+            raise ValueError("batch, block, steps and checkpoint_every must be at least 1")
+
 
 def pretrain(config: PretrainConfig) -> Path:
     """Run or resume the recipe; returns the folder of the finished target (a Hugging Face model folder)."""
     output = Path(config.output)
+    if output.exists() and not (output / "pretrain.json").is_file():
+        raise UserError(f"'{output}' exists and was not written by pretrain; choose another output.")
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
+    check_recipe(work / "recipe.json", asdict(config), FREE)
     with Progress() as progress:
         tokenizer = _tokenizer(config, work, progress)
         blocks, held = _blocks(config, tokenizer, work, progress)
@@ -115,13 +122,21 @@ def pretrain(config: PretrainConfig) -> Path:
     return output
 
 
+FREE = {"output", "device", "compile", "steps", "decay", "checkpoint_every"} | {
+    f"unlikelihood_{name}" for name in ("steps", "batch", "tokens", "lr", "weight")
+}
+"""What may change between a run and its continuation; the rest decides the data and the weights."""
+
+
 # ---------------------------------------------------------------- data
 
 
 def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
     for path in config.data:
         for line, row in read_jsonl(path):
-            if not ("messages" in row or "text" in row):
+            if "messages" in row:
+                messages_of(row, f"{path}, line {line}")
+            elif not isinstance(row.get("text"), str):
                 raise UserError(f"{path}, line {line}: expected `messages` or `text`.")
             yield row
 

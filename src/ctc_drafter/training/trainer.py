@@ -20,11 +20,13 @@ from ..environment import versions
 from ..errors import UserError
 from ..files import write_text
 from ..target import Target
-from .checkpoint import load_training_state, save_training_state
-from .data import chat_ids, read_jsonl, text_key
+from .checkpoint import check_recipe, load_training_state, save_training_state
+from .data import chat_ids, messages_of, read_jsonl, text_key
 from .optim import learning_rate_factor, make_optimizers, set_learning_rates
 
 IGNORE = -100
+FREE = {"output", "device", "steps", "decay", "checkpoint_every", "trust_remote_code"}
+"""What may change between a run and its continuation."""
 
 
 @dataclass
@@ -32,7 +34,7 @@ class TrainConfig:
     """Recipe of a drafter."""
 
     data: list[str]
-    """JSONL files of `ctc-drafter distill`, or of `messages`."""
+    """JSONL files of `ctc-drafter distill`, or rows of `messages` or `text`."""
     output: str
     target: str | None = None
     """Model folder or hub name; None: the embedded target."""
@@ -59,6 +61,12 @@ class TrainConfig:
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.anchors, self.checkpoint_every, self.max_tokens) < 1:
+            raise ValueError("steps, batch, anchors, checkpoint_every and max_tokens must be at least 1")
+        if not 0 <= self.held_out < 1:
+            raise ValueError("held_out is a share, at least 0 and below 1")
 
 
 @dataclass
@@ -130,10 +138,16 @@ def _sequences(config: TrainConfig, target: Target) -> tuple[list[_Sequence], li
                 )
                 key = text_key(str(row.get("id", line)))
             elif "messages" in row:
-                ids, mask = chat_ids(target.tokenizer, row["messages"])
-                key = text_key(row["messages"][0]["content"])
+                messages = messages_of(row, f"{path}, line {line}")
+                ids, mask = chat_ids(target.tokenizer, messages)
+                key = text_key(messages[0]["content"])
+            elif isinstance(row.get("text"), str):
+                ids = list(target.tokenizer(row["text"], verbose=False)["input_ids"])
+                mask, key = [1] * len(ids), text_key(row["text"])
             else:
-                raise UserError(f"{path}, line {line}: expected prompt_ids and answer_ids, or messages.")
+                raise UserError(f"{path}, line {line}: expected prompt_ids and answer_ids, messages, or text.")
+            if not ids:
+                continue
             if max(ids) >= target.vocab_size:
                 raise UserError(f"{path}, line {line}: token {max(ids)} is outside the vocabulary of '{target.name}'.")
             sequence = _Sequence(ids[:limit], mask[:limit])
@@ -194,7 +208,7 @@ def _loss(
     ids, anchors, labels = (t.to(target.device) for t in problems)
     with torch.no_grad():
         _, features = target.forward(ids, use_cache=False, logits_to_keep=1)
-    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype == torch.bfloat16):
+    with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32):
         return drafter.train_loss(features, ids, anchors, labels)
 
 
@@ -211,6 +225,7 @@ def _optimize(
     parameters = dict(drafter.named_parameters())
     optimizers = make_optimizers(parameters, config.lr_matrix, config.lr_other, config.weight_decay)
     start, history = 0, []
+    check_recipe(output.with_name(output.name + ".recipe.json"), asdict(config), FREE)
     if state.exists():
         meta = load_training_state(state, parameters, optimizers)
         start, history = meta["step"], meta["history"]
