@@ -31,7 +31,7 @@ type: $(STAMP)
 
 check: lint type test
 
-# DATA holds corpus/ and eval/ (see the recipes). Every step resumes where it was stopped.
+# Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
 embedded: $(STAMP)
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
@@ -42,12 +42,12 @@ embedded: $(STAMP)
 
 # The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.
 EVAL ?= data/eval
-SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --limit 200 --overwrite
+SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
 bench: $(STAMP)
-	$(BIN)/ctc-drafter bench $(SUITE) --budget 8 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --budget 8 --budget 16 --budget 32 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
-	$(BIN)/ctc-drafter bench $(SUITE) --budget 16 --drafter paper --json benchmarks/results/paper-float32.json
-	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --json benchmarks/results/baseline.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 11 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 50 --budget 16 --drafter paper --dtype float32 --json benchmarks/results/paper-float32.json
+	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
 
 # torch goes first and alone, so that the extra index can bring nothing but torch.
 $(STAMP): pyproject.toml constraints.txt

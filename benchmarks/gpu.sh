@@ -18,6 +18,9 @@ work = pathlib.Path(sys.argv[1])
 recipe = yaml.safe_load((work / "embedded-target.yaml").read_text())
 recipe.update(yaml.safe_load((work / "override").read_text()))
 (work / "embedded-target.yaml").write_text(yaml.safe_dump(recipe))
+distill = yaml.safe_load((work / "embedded-distill.yaml").read_text())
+distill.update(limit=0, mixture={})
+(work / "embedded-distill.yaml").write_text(yaml.safe_dump(distill))
 PY
 run pretrain --config "$work/embedded-target.yaml"
 run distill --config "$work/embedded-distill.yaml"

@@ -12,16 +12,17 @@ from pathlib import Path
 CARD = """# The embedded models
 
 `target/`: a Llama of {millions:.1f} M parameters ({layers} layers, width {width}, {vocabulary:,} byte-level BPE tokens, context
-{context:,}) with its own chat template, trained from scratch on two CPU cores. `ctc/`, `paper/`: its drafters. They exist so that
-everything in this package can be run offline; the target writes plain English and arithmetic in the style of its data, and
-knows next to nothing. Do not ask it for facts.
+{context:,}) with its own chat template, trained from scratch. `ctc/`, `paper/`: its drafters. They exist so that
+everything in this package can be run offline. The target has seen few tokens for its size: it writes in the style of its data
+(worked sums, lists, explanations of code), mostly in whole sentences, often wrong, now and then with words that do not exist. Do
+not ask it for facts, and read figures measured on it as figures of the method and the engine, not of a useful model.
 
 Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
 Weights are safetensors in bfloat16; licence Apache-2.0.
 
 ## Data
 
-{tokens:,} tokens, one pass over a mixture of
+{tokens:,} tokens of a mixture of
 
 | source | licence |
 | --- | --- |
@@ -34,7 +35,7 @@ Weights are safetensors in bfloat16; licence Apache-2.0.
 | python/peps | public domain or CC0 |
 
 Rows that share 13 consecutive words with a prompt of MT-bench, GSM8K (test), HumanEval or Spec-Bench were dropped. One prompt in a
-hundred, with all its answers, was held out. The drafters were trained on the target's own greedy answers to 6,144 prompts of this corpus.
+hundred, with all its answers, was held out. The drafters were trained on the target's own greedy answers to prompts of this corpus.
 
 ## Target: loss in nats per token
 

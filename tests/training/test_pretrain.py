@@ -97,6 +97,15 @@ def test_the_result_is_a_target(recipe: PretrainConfig) -> None:
     assert card["history"][-1]["held_out"] < card["history"][0]["held_out"]
 
 
+def test_training_goes_on_from_a_folder(recipe: PretrainConfig, tmp_path: Path) -> None:
+    fast = replace(recipe, lr_matrix=1e-2, lr_other=1e-2)
+    first = pretrain(replace(fast, steps=40, decay=10, checkpoint_every=20))
+    later = pretrain(replace(fast, output=str(tmp_path / "later"), init=str(first), steps=3, checkpoint_every=3))
+    losses = [json.loads((f / "pretrain.json").read_text())["history"][0]["held_out"] for f in (first, later)]
+    assert losses[1] < losses[0]
+    assert (first / "tokenizer.json").read_bytes() == (later / "tokenizer.json").read_bytes()
+
+
 def test_blocks_hold_each_kept_row_and_its_labels(recipe: PretrainConfig) -> None:
     """Held-out prompts are not in the training blocks; masked prompts carry no label; the mixture drops sources."""
     folder = pretrain(replace(recipe, steps=1, answers_only=["chats"], mixture={"stories": 0.0}))

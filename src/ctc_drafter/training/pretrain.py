@@ -57,6 +57,8 @@ class PretrainConfig:
     """Sources of `text` rows that are answers without their question: rendered as an assistant turn."""
     exclude: list[str] = field(default_factory=list)
     """Prompt files; a training row that shares 13 consecutive words with one of them is dropped."""
+    init: str | None = None
+    """Folder of a target to train on from; its tokenizer and shape are used, and the shape below is not."""
     vocab_size: int = 6144
     hidden_size: int = 384
     intermediate_size: int = 1024
@@ -143,7 +145,9 @@ def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
 
 def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
     folder = work / "tokenizer"
-    if not folder.exists():
+    if config.init is not None:
+        folder = Path(config.init)
+    elif not folder.exists():
         task = progress.add_task("tokenizer", total=None)
 
         def texts() -> Iterator[str]:
@@ -275,16 +279,11 @@ def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step:
     return loss
 
 
-def _optimize(
-    config: PretrainConfig,
-    tokenizer: Any,
-    blocks: torch.Tensor,
-    held: torch.Tensor,
-    work: Path,
-    progress: Progress,
-) -> tuple[Any, list[dict[str, float]]]:
+def _new_model(config: PretrainConfig, tokenizer: Any) -> Any:
+    if config.init is not None:
+        return LlamaForCausalLM.from_pretrained(config.init, dtype=torch.float32)
     torch.manual_seed(config.seed)
-    model: Any = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -299,6 +298,17 @@ def _optimize(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def _optimize(
+    config: PretrainConfig,
+    tokenizer: Any,
+    blocks: torch.Tensor,
+    held: torch.Tensor,
+    work: Path,
+    progress: Progress,
+) -> tuple[Any, list[dict[str, float]]]:
+    model = _new_model(config, tokenizer)
     model = model.to(resolve_device(config.device))
     masters = fp32_masters(model)
     model = model.to(torch.bfloat16)
