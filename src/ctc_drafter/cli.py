@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BUDGET = 16
+BUDGET = 8
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

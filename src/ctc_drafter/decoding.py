@@ -125,7 +125,7 @@ def generate(
     prompt_ids: list[int],
     *,
     max_new_tokens: int = 128,
-    budget: int = 16,
+    budget: int = 8,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     profile: bool = False,

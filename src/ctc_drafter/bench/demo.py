@@ -67,7 +67,7 @@ def run_demo(
     console: Console,
     *,
     max_new_tokens: int = 128,
-    budget: int = 16,
+    budget: int = 8,
     sampling: Sampling = Sampling(),
     live: bool = True,
     svg: Path | None = None,
