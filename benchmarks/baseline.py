@@ -29,7 +29,7 @@ def timed(run: Callable[[list[int]], list[int]], ids: list[int]) -> tuple[list[i
     return tokens, time.perf_counter() - began
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target")
     parser.add_argument("--prompts", type=Path, required=True, nargs="+")
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
     rows = []
     for dtype in arguments.dtype:
         target = Target.load(arguments.target, dtype=dtype)

@@ -20,6 +20,8 @@ from ..tree import DraftTree
 
 Registry = dict[str, type["Drafter"]]
 DRAFTERS: Registry = {}
+IGNORE = -100
+"""Label of a position that carries no loss."""
 
 
 def register(name: str) -> Callable[[type[Drafter]], type[Drafter]]:

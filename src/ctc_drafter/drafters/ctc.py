@@ -24,9 +24,7 @@ from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule
-from .base import TrainableDrafter, register
-
-IGNORE = -100
+from .base import IGNORE, TrainableDrafter, register
 
 
 @dataclass

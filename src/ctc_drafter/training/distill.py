@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UserError
 from ..target import Target
+from .answers import batched_answers
 from .data import copies, example_key, messages_of, read_jsonl
 
 
@@ -148,27 +149,12 @@ def _prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
 
 
 def _answers(target: Target, prompts: list[list[int]], config: DistillConfig) -> list[list[int]]:
-    """One batched, left-padded call of the model's own generate; answers end with their stop token."""
-    width = max(map(len, prompts))
-    pad = (
-        target.tokenizer.pad_token_id if target.tokenizer.pad_token_id is not None else min(target.stop_ids, default=0)
-    )
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
-    # What the model's own generation_config asks for beyond this would not be what the drafter is measured on.
-    sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    if config.temperature > 0:
-        sampling |= {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "min_p": None}
-    out = target.model.generate(
-        ids,
-        attention_mask=mask,
+    pad = target.tokenizer.pad_token_id
+    return batched_answers(
+        target.model,
+        prompts,
+        pad=min(target.stop_ids, default=0) if pad is None else pad,
+        stop_ids=target.stop_ids,
         max_new_tokens=config.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=sorted(target.stop_ids) or None,
-        **sampling,
+        temperature=config.temperature,
     )
-    answers = []
-    for row in out[:, width:].tolist():
-        end = next((i + 1 for i, t in enumerate(row) if t in target.stop_ids), len(row))
-        answers.append(row[:end])
-    return answers

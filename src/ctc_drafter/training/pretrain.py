@@ -21,6 +21,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_folder
 from ..target import resolve_device
@@ -38,7 +39,6 @@ from .tokenizer import train_tokenizer
 from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
-IGNORE = -100
 CHUNK = 512
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import from_mapping
 from ..drafters import DRAFTERS, TrainableDrafter
+from ..drafters.base import IGNORE
 from ..environment import versions
 from ..errors import UserError
 from ..files import write_text
@@ -24,7 +25,6 @@ from .checkpoint import check_recipe, load_training_state, save_training_state
 from .data import chat_ids, messages_of, read_jsonl, text_key
 from .optim import learning_rate_factor, make_optimizers, set_learning_rates
 
-IGNORE = -100
 FREE = {"output", "device", "steps", "decay", "checkpoint_every", "trust_remote_code"}
 """What may change between a run and its continuation."""
 

@@ -16,6 +16,7 @@ import torch
 from rich.progress import Progress
 
 from ..loops import ends_in_loop
+from .answers import batched_answers
 from .data import prompt_ids
 from .optim import fp32_masters, gradients_to_masters, masters_to_model
 
@@ -51,6 +52,7 @@ def unlikelihood(
 
     Returns, for every tenth step, the share of greedy answers that looped and both losses; also written to `log`.
     """
+    pad = tokenizer.eos_token_id
     masters = fp32_masters(model)
     optimizer = torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     questions = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
@@ -60,7 +62,7 @@ def unlikelihood(
     looped, seen, mean = 0, 0, 0.0
     for step in range(steps):
         group = [questions[(step * batch + i) % len(questions)] for i in range(batch)]
-        answers = _greedy(model, tokenizer, group, max_new_tokens)
+        answers = batched_answers(model, group, pad=pad, stop_ids=[pad], max_new_tokens=max_new_tokens)
         bad = [(q, a) for q, a in zip(group, answers) if sum(repeated(a)) > len(a) / 2]
         looped, seen = looped + sum(map(ends_in_loop, answers)), seen + batch
         for rate in optimizer.param_groups:
@@ -80,17 +82,6 @@ def unlikelihood(
             log.write_text(json.dumps(history))
             looped, seen, mean = 0, 0, 0.0
     return history
-
-
-@torch.inference_mode()
-def _greedy(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    width = max(map(len, prompts))
-    pad: Any = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
-    rows = out[:, width:].tolist()
-    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
 
 def _repetition_loss(model: Any, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
