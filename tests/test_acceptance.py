@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.acceptance import Chooser, Sampling, accepted_path
+from ctc_drafter.acceptance import Chooser, Sampling, accepted_paths
 from ctc_drafter.errors import UserError
 from ctc_drafter.tree import DraftTree
 from helpers import chain, pack
@@ -20,15 +20,18 @@ from helpers import chain, pack
 # ---------------------------------------------------------------- the accepted path
 
 
-def walked(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
-    """Go to the first child that carries the chosen token, as long as there is one."""
-    path = [0]
-    while True:
-        here = path[-1] - 1
-        step = [i for i, parent in enumerate(parents) if parent == here and tokens[i] == chosen[here + 1]]
-        if not step:
-            return path
-        path.append(step[0] + 1)
+def longest_agreeing(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
+    """Of all nodes, the deepest one whose every step from the root is the first child with the chosen token."""
+    best = [0]
+    for node in range(len(tokens)):
+        branch = [node]
+        while parents[branch[0]] >= 0:
+            branch.insert(0, parents[branch[0]])
+        edges = list(zip(parents, tokens))
+        agrees = all(tokens[i] == chosen[parents[i] + 1] and edges.index(edges[i]) == i for i in branch)
+        if agrees and len(branch) >= len(best):
+            best = [0, *(i + 1 for i in branch)]
+    return best
 
 
 def stacked(rows: list[tuple[list[int], list[int]]]) -> DraftTree:
@@ -50,22 +53,21 @@ def trees_and_choices(draw: st.DrawFn) -> tuple[list[tuple[list[int], list[int]]
 
 @settings(max_examples=300, deadline=None)
 @given(trees_and_choices())
-def test_accepted_path_is_the_walk(case: tuple[list[tuple[list[int], list[int]]], list[list[int]]]) -> None:
+def test_the_accepted_path_is_the_deepest_agreeing_branch(
+    case: tuple[list[tuple[list[int], list[int]]], list[list[int]]],
+) -> None:
     rows, chosen = case
-    tree = stacked(rows)
-    path, length = accepted_path(tree, tree.ancestor_mask(), torch.tensor(chosen))
-    size = tree.budget + 1
-    assert path.shape == (len(rows), size) and length.shape == (len(rows),)
-    for i, (tokens, parents) in enumerate(rows):
-        want = walked(tokens, parents, chosen[i])
-        assert int(length[i]) == len(want)
-        assert path[i].tolist() == want + [size] * (size - len(want))
+    got = accepted_paths(stacked(rows), torch.tensor(chosen))
+    assert len(got) == len(rows)
+    for (tokens, parents), drawn, (path, emitted) in zip(rows, chosen, got):
+        assert path == longest_agreeing(tokens, parents, drawn)
+        assert emitted == [drawn[i] for i in path]
 
 
 def test_large_token_ids() -> None:
     tree = pack([200_000, 200_000, 1], [-1, 0, 0])
-    path, length = accepted_path(tree, tree.ancestor_mask(), torch.tensor([[200_000, 200_000, 5, 5]]))
-    assert path[0, : int(length)].tolist() == [0, 1, 2]
+    [(path, emitted)] = accepted_paths(tree, torch.tensor([[200_000, 200_000, 5, 5]]))
+    assert path == [0, 1, 2] and emitted == [200_000, 200_000, 5]
 
 
 # ---------------------------------------------------------------- sampling is exact
@@ -116,17 +118,15 @@ def exact(sampling: Sampling, context: list[int]) -> list[float]:
     return [p.get(t, 0.0) for t in range(VOCAB)]
 
 
-Accepted = tuple[torch.Tensor, torch.Tensor]
-Accept = Callable[[DraftTree, torch.Tensor, torch.Tensor], Accepted]
+Accept = Callable[[DraftTree, torch.Tensor], list[tuple[list[int], list[int]]]]
 
 
 def one_step(chooser: Chooser, tree: DraftTree, context: list[int], accept: Accept) -> list[int]:
     ancestors = tree.ancestor_mask()
     nodes = torch.cat([torch.tensor(context[-1:]), tree.tokens[0]])
     chosen = chooser.choose(LOGITS[nodes][None], tree, ancestors, context)
-    path, length = accept(tree, ancestors, chosen)
-    out: list[int] = chosen[0, path[0, : int(length)]].tolist()
-    return out
+    [(_, emitted)] = accept(tree, chosen)
+    return emitted
 
 
 def statistic(sampling: Sampling, tree: DraftTree, accept: Accept, draws: int) -> tuple[float, int]:
@@ -159,25 +159,26 @@ def limit(freedom: int) -> float:
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
 def test_sampled_tokens_have_the_targets_distribution(sampling: Sampling, tree: DraftTree) -> None:
-    chi_square, freedom = statistic(sampling, tree, accepted_path, 1500)
+    chi_square, freedom = statistic(sampling, tree, accepted_paths, 1500)
     assert chi_square < limit(freedom)
 
 
-def deepest_branch(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Accepted:
+def deepest_branch(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], list[int]]]:
     """Wrong: of equal siblings, each with a draw of its own, take the one that leads deepest."""
     agrees = torch.ones_like(chosen, dtype=torch.bool)
     agrees[:, 1:] = tree.tokens == chosen.gather(1, tree.parents + 1)
+    ancestors = tree.ancestor_mask()
     alive = (agrees[:, None, :] | ~ancestors).all(-1)
     leaf = (ancestors.sum(-1) * alive).argmax(-1)
-    on_path = ancestors[0, leaf[0]]
-    return on_path.nonzero().T, on_path.sum()[None]
+    path = ancestors[0, leaf[0]].nonzero()[:, 0]
+    return [(path.tolist(), chosen[0, path].tolist())]
 
 
-def eager_to_accept(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> Accepted:
+def eager_to_accept(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], list[int]]]:
     """Wrong: now and then take the first guess although the target chose another token."""
     if int(chosen[0, 0]) == 3:
         chosen[0, 0] = tree.tokens[0, 0]
-    return accepted_path(tree, ancestors, chosen)
+    return accepted_paths(tree, chosen)
 
 
 def test_the_distribution_test_has_power() -> None:
@@ -206,7 +207,7 @@ def test_a_seed_repeats_the_sample() -> None:
     def sample(seed: int | None) -> list[int]:
         chooser = Chooser(Sampling(temperature=1.0, seed=seed), torch.device("cpu"))
         tree = TREES["all children"]
-        return [t for _ in range(20) for t in one_step(chooser, tree, CONTEXT, accepted_path)[:1]]
+        return [t for _ in range(20) for t in one_step(chooser, tree, CONTEXT, accepted_paths)[:1]]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)

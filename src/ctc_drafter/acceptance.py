@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .errors import UserError
-from .tree import DraftTree
+from .tree import ROOT, DraftTree
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Chooser:
     ) -> torch.Tensor:
         """logits (1, M+1, V), ancestors (1, M+1, M+1) bool, context: ids up to the root -> chosen tokens (1, M+1)."""
         if not self._processors and self._generator is None:
-            return logits.argmax(-1)
+            return logits.max(-1).indices  # the first of equals like argmax, which is slower in bfloat16
         scores = logits[0].float()
         if self._processors:
             prefix = torch.tensor(context, device=scores.device)
@@ -96,30 +96,26 @@ class Chooser:
         return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).T
 
 
-def accepted_path(tree: DraftTree, ancestors: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The path from the root on which every node is the first child that carries the token chosen at its parent.
+def accepted_paths(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+    """For each row, the path from the root on which every node carries the token chosen at its parent.
 
-    Only the first of equal siblings counts: each has a draw of its own, and preferring the one whose draw leads deeper
+    Of equal siblings only the first counts: each has a draw of its own, and preferring the one whose draw leads deeper
     would favour the tokens that the drafter guessed.
 
-    chosen (B, M+1) -> path (B, M+1): indices into root + nodes, the root first, filled up with M+1; length (B,): how
-    many of them count, at least 1.
+    chosen (B, M+1) -> for each row the path's indices into root + nodes, 0 (the root) first, and the tokens chosen at
+    them: the accepted ones and one more. One copy from device to host; the walk is a few dictionary lookups.
     """
-    batch, size = chosen.shape
-    if size == 1:
-        return torch.zeros_like(chosen), torch.ones_like(chosen[:, 0])
-    agrees = torch.ones_like(chosen, dtype=torch.bool)
-    agrees[:, 1:] = (tree.tokens == chosen.gather(1, tree.parents + 1)) & ~_repeats(tree)
-    alive = (agrees[:, None, :] | ~ancestors).all(-1)
-    depth = ancestors.sum(-1)
-    leaf = (depth * alive).argmax(-1)
-    on_path = ancestors[torch.arange(batch, device=chosen.device), leaf]
-    index = torch.arange(size, device=chosen.device)
-    path = torch.where(on_path, index, size).sort(-1).values
-    return path, on_path.sum(-1)
+    size = tree.budget
+    host: list[list[int]] = torch.cat([tree.tokens, tree.parents, chosen], 1).tolist()
+    return [_walk(row[:size], row[size : 2 * size], row[2 * size :]) for row in host]
 
 
-def _repeats(tree: DraftTree) -> torch.Tensor:
-    """Whether an earlier sibling carries the same token, (B, M) bool."""
-    edge = (tree.parents << 32) + tree.tokens  # one number for each (parent, token)
-    return (edge[:, :, None] == edge[:, None]).tril(-1).any(-1)
+def _walk(tokens: list[int], parents: list[int], chosen: list[int]) -> tuple[list[int], list[int]]:
+    child: dict[tuple[int, int], int] = {}
+    for node, edge in enumerate(zip(parents, tokens)):
+        child.setdefault(edge, node)
+    path, here = [0], ROOT
+    while (step := child.get((here, chosen[here + 1]))) is not None:
+        path.append(step + 1)
+        here = step
+    return path, [chosen[i] for i in path]

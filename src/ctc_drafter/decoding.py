@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .acceptance import Chooser, Sampling, accepted_path
+from .acceptance import Chooser, Sampling, accepted_paths
 from .errors import UserError
 from .target import Target
 from .tree import DraftTree
@@ -97,25 +97,14 @@ class _Sequence:
         logits, features = target.score(self.next_tokens[:, -1:], tree, ancestors, self.cache)
         clock.lap("score")
         chosen = self.chooser.choose(logits, tree, ancestors, self.context)
-        path, length = accepted_path(tree, ancestors, chosen)
-        offsets, tokens = _read_path(path, length, chosen)
+        [(offsets, tokens)] = accepted_paths(tree, chosen)
         clock.lap("accept")
         self.cache.keep(offsets)
-        kept = path[0, : len(offsets)]
-        self.features, self.next_tokens = features[:, kept], chosen[:, kept]
+        kept = torch.tensor(offsets, device=target.device)
+        self.features, self.next_tokens = features.index_select(1, kept), chosen.index_select(1, kept)
         self.context += tokens
         clock.lap("commit")
         return tokens, tree.budget
-
-
-def _read_path(path: torch.Tensor, length: torch.Tensor, chosen: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The accepted offsets and the tokens chosen at them, in one copy from device to host."""
-    size = chosen.shape[1]
-    if size == 1:
-        return [0], chosen[0].tolist()
-    row = torch.cat([length[:, None], path, chosen.gather(1, path.clamp(max=size - 1))], 1)[0].tolist()
-    count = row[0]
-    return row[1 : 1 + count], row[1 + size : 1 + size + count]
 
 
 @torch.inference_mode()
