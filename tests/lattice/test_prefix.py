@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctc_drafter.lattice import loss
-from ctc_drafter.lattice.prefix import (
-    Lattice,
-    best_first,
-    best_prefixes,
-    pool_lattice,
-    pool_tokens,
-    prefix_log_prob,
-)
+from ctc_drafter.lattice.best_first import best_first, prefix_log_prob
+from ctc_drafter.lattice.pool import Lattice, pool_lattice, pool_tokens
+from ctc_drafter.lattice.prefix import best_prefixes
 
 from .slot_paths import enumerate_context_texts, enumerate_texts, prefix_mass, random_log_probs
 
@@ -32,13 +28,15 @@ def random_lattice(topology, batch=1, slots=4, vocab=3, pool=3, seed=0, scale=2.
     tokens = pool_tokens(logits, pool)
     if topology != "context":
         table = logits.log_softmax(-1).unsqueeze(1).expand(-1, vocab + 1, -1, -1)
-        return pool_lattice(logits, tokens, None, topology == "merge"), table
-    context = scale * torch.randn(batch, pool + 1, pool + 1, generator=generator, dtype=dtype)
+        return pool_lattice(logits, tokens, merge=topology == "merge"), table
+    keys, values = torch.randn(2, batch, pool + 1, 3, generator=generator, dtype=dtype)
+    context = scale / 3**0.5 * keys @ values.transpose(1, 2)
     table = torch.zeros(batch, vocab + 1, vocab + 1, dtype=dtype)
     for row in range(batch):
         index = torch.cat([tokens[row], torch.tensor([vocab])])  # pool tokens, then blank (and root)
         table[row][index.unsqueeze(1), index] = context[row]
-    return pool_lattice(logits, tokens, context, False), (logits.unsqueeze(1) + table.unsqueeze(2)).log_softmax(-1)
+    lattice = pool_lattice(logits, tokens, (scale / 3**0.5 * keys, values))
+    return lattice, (logits.unsqueeze(1) + table.unsqueeze(2)).log_softmax(-1)
 
 
 def tree_paths(tree, row=0):
@@ -73,18 +71,16 @@ def test_pool_lattice_matches_the_full_vocabulary(topology, pool):
         tokens = lattice.pool[row]
         full = table[row][torch.cat([tokens, torch.tensor([6])])]  # (M+1, N, V+1)
         full = full if topology == "context" else full[:1]
-        torch.testing.assert_close(lattice.emit[row], full[..., tokens])
-        torch.testing.assert_close(lattice.blank[row], full[..., -1])
-    assert (lattice.emit.logsumexp(-1).logaddexp(lattice.blank) < 1e-9).all()
+        outside = [v for v in range(6) if v not in tokens.tolist()]
+        mass = torch.cat([full[..., tokens], full[..., -1:], full[..., outside].logsumexp(-1, keepdim=True)], -1)
+        torch.testing.assert_close(lattice.log_probs()[row], mass)
 
 
-def test_pool_lattice_keeps_float32_and_refuses_context_with_merge():
+def test_pool_lattice_keeps_float32():
     logits = torch.randn(1, 2, 5, dtype=torch.bfloat16)
-    pool, context = pool_tokens(logits, 2), torch.zeros(1, 3, 3, dtype=torch.bfloat16)
-    assert pool_lattice(logits, pool, context, False).emit.dtype == torch.float32
-    assert pool_lattice(logits, pool, None, True).emit.dtype == torch.float32
-    with pytest.raises(ValueError, match="merge"):
-        pool_lattice(logits, pool, context, True)
+    pool, context = pool_tokens(logits, 2), torch.zeros(2, 1, 3, 4, dtype=torch.bfloat16)
+    assert pool_lattice(logits, pool, tuple(context)).logits.dtype == torch.float32
+    assert pool_lattice(logits, pool, merge=True).logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("pool", [2, 3])
@@ -103,7 +99,7 @@ def test_prefix_log_prob_sums_over_all_paths(topology, pool):
 def test_prefix_log_prob_agrees_with_the_loss():
     log_probs = random_log_probs(1, 5, 4, seed=4)
     labels = torch.tensor([[1, 1, 0]])
-    lattice = pool_lattice(log_probs, torch.tensor([[0, 1, 2]]), None, True)
+    lattice = pool_lattice(log_probs, torch.tensor([[0, 1, 2]]), merge=True)
     prefix, _ = loss.merge_prefix_log_probs(*loss.label_log_probs(log_probs, labels), labels)
     for k in range(1, 4):
         assert prefix_log_prob(lattice, (1, 1, 0)[:k]) == pytest.approx(prefix[0, k - 1].item())
@@ -115,10 +111,11 @@ def test_best_first_finds_the_true_top_prefixes(topology):
     texts = enumerate_context_texts(table[0], lattice.merge)
     prefixes = {text[:k] for text in texts for k in range(1, len(text) + 1)}
     truth = sorted(((prefix_mass(texts, p), p) for p in prefixes), reverse=True)[:12]
-    found = best_first(lattice, 12)
-    assert [tuple(lattice.pool[0, list(s)].tolist()) for s, _ in found] == [p for _, p in truth]
-    assert [lp for _, lp in found] == pytest.approx([math.log(mass) for mass, _ in truth])
-    assert all(len(s) <= 2 for s, _ in best_first(lattice, 12, max_depth=2))
+    tree = best_first(lattice, 12)
+    tree.check()
+    assert tree_paths(tree) == [p for _, p in truth]
+    assert tree.log_probs[0].tolist() == pytest.approx([math.log(mass) for mass, _ in truth])
+    assert best_first(lattice, 12, max_depth=2).depths.max() == 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,11 +131,12 @@ def test_best_first_finds_the_true_top_prefixes(topology):
 )
 def test_wide_beam_is_best_first(topology, seed, batch, slots, pool, budget, max_depth, scale):
     lattice, _ = random_lattice(topology, batch, slots, 6, pool, seed, scale)
-    tree = best_prefixes(lattice, budget, max_depth)
+    tree, first = best_prefixes(lattice, budget, max_depth), best_first(lattice, budget, max_depth)
     tree.check()
-    assert tree.tokens.shape == (batch, budget)
+    first.check()
+    assert tree.tokens.shape == first.tokens.shape == (batch, budget)
     for row in range(batch):
-        expected = [lp for _, lp in best_first(lattice, budget, row, max_depth) if lp > math.log(1e-29)]
+        expected = [lp for lp in first.log_probs[row].tolist() if lp > math.log(1e-29)]
         real = tree.log_probs[row] > -math.inf
         found = sorted(tree.log_probs[row, real].tolist(), reverse=True)
         assert found[: len(expected)] == pytest.approx(expected, abs=1e-4)
@@ -154,7 +152,7 @@ def test_wide_beam_finds_the_same_nodes_at_working_size(topology):
     lattice, _ = random_lattice(topology, batch=2, slots=8, vocab=60, pool=24, scale=3.0, dtype=torch.float32)
     tree = best_prefixes(lattice, 16, 6, 16)
     for row in range(2):
-        assert set(sequences(tree, lattice, row)) == {s for s, _ in best_first(lattice, 16, row, 6)}
+        assert set(tree_paths(tree, row)) == set(tree_paths(best_first(lattice, 16, 6), row))
     assert tree.depths.max() > 1
 
 
@@ -182,10 +180,10 @@ def test_narrow_beam_is_a_valid_worse_tree(topology):
 
 def certain_lattice(merge, tokens, slots=4):
     """Slot i emits token tokens[i] with probability 1."""
-    emit = torch.full((1, 1, slots, 3), -math.inf)
+    logits = torch.full((1, slots, 5), -math.inf)
     for i, token in enumerate(tokens):
-        emit[0, 0, i, token] = 0.0
-    return Lattice(torch.tensor([[7, 8, 9]]), emit, torch.full((1, 1, slots), -math.inf), merge)
+        logits[0, i, token] = 0.0
+    return Lattice(torch.tensor([[7, 8, 9]]), logits, None, None, merge)
 
 
 def test_ties_and_zeros_keep_parents():
@@ -220,12 +218,13 @@ def test_fewer_candidates_than_budget_are_padded():
 
 def test_broken_drafter_still_gives_a_tree():
     lattice, _ = random_lattice("context", batch=2)
-    for part in (slice(None), slice(1, 2)):  # all of row 0, or one context of it
-        emit = lattice.emit.clone()
-        emit[0, part] = math.nan
-        broken = best_prefixes(Lattice(lattice.pool, emit, lattice.blank, False), 8)
-        broken.check()
-        torch.testing.assert_close(broken.log_probs[1], best_prefixes(lattice, 8).log_probs[1])
+    for part in ("logits", "keys", "values"):
+        poisoned = getattr(lattice, part).clone()
+        poisoned[0, :2] = math.nan
+        for search in (best_prefixes, best_first):
+            broken = search(replace(lattice, **{part: poisoned}), 8)
+            broken.check()
+            torch.testing.assert_close(broken.log_probs[1], search(lattice, 8).log_probs[1])
 
 
 def test_rows_do_not_influence_each_other():
@@ -233,8 +232,8 @@ def test_rows_do_not_influence_each_other():
         lattice, _ = random_lattice(topology, batch=3, slots=5, vocab=7, pool=5)
         together = best_prefixes(lattice, 9)
         for row in range(3):
-            part = slice(row, row + 1)
-            one = Lattice(lattice.pool[part], lattice.emit[part], lattice.blank[part], lattice.merge)
+            fields = (lattice.pool, lattice.logits, lattice.keys, lattice.values)
+            one = Lattice(*(f if f is None else f[row : row + 1] for f in fields), lattice.merge)
             alone = best_prefixes(one, 9)
             assert tree_paths(alone) == tree_paths(together, row)
 
@@ -248,21 +247,24 @@ def test_budget_zero_and_bad_arguments():
 
 
 def test_lattice_refuses_shapes_that_do_not_match():
-    pool, emit, blank = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2)
-    Lattice(pool, emit, blank, False)
-    with pytest.raises(ValueError, match="belong"):
-        Lattice(pool[:, :2], emit, blank, False)
-    with pytest.raises(ValueError, match="contexts"):
-        Lattice(pool, emit, blank, True)
-    with pytest.raises(ValueError, match="contexts"):
-        Lattice(pool, emit[:, :3], blank[:, :3], False)
+    pool, logits = torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2, 5)
+    keys, values = torch.zeros(1, 4, 6), torch.zeros(1, 5, 6)
+    Lattice(pool, logits, keys, values, False)
+    with pytest.raises(ValueError, match="do not fit"):
+        Lattice(pool[:, :2], logits, keys, values, False)
+    with pytest.raises(ValueError, match="cannot merge"):
+        Lattice(pool, logits, keys, values, True)
+    with pytest.raises(ValueError, match="keys and values"):
+        Lattice(pool, logits, keys, None, False)
+    with pytest.raises(ValueError, match="do not fit a pool"):
+        Lattice(pool, logits, keys[:, :3], values, False)
 
 
 def test_constants_made_in_inference_mode_serve_everywhere():
     lattice, _ = random_lattice("merge", slots=7, vocab=11, pool=11)
     with torch.inference_mode():
         inside = best_prefixes(lattice, 13)
-    trainable = Lattice(lattice.pool, lattice.emit.clone().requires_grad_(), lattice.blank, True)
+    trainable = replace(lattice, logits=lattice.logits.clone().requires_grad_())
     outside = best_prefixes(trainable, 13)
     assert torch.equal(inside.tokens, outside.tokens) and not outside.log_probs.requires_grad
 
@@ -271,5 +273,5 @@ def test_merging_needs_a_blank_between_repeats():
     log_probs = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], dtype=torch.float64).log()  # one token, three slots
     texts = enumerate_texts(log_probs, merge=True)
     assert texts[0, 0] == 0.125  # only "a - a"
-    lattice = pool_lattice(log_probs.unsqueeze(0), torch.tensor([[0]]), None, True)
+    lattice = pool_lattice(log_probs.unsqueeze(0), torch.tensor([[0]]), merge=True)
     assert best_prefixes(lattice, 2).log_probs.exp().tolist() == [pytest.approx([0.875, 0.125])]

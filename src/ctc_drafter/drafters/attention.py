@@ -87,10 +87,9 @@ class DraftModule(nn.Module):
 
     def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """features (B, n, F * width), embeddings of the next tokens (B, n, width) -> (B, n, width)."""
-        split = features.unflatten(-1, (self.features, -1))
-        normed = F.rms_norm(split, split.shape[-1:], eps=1e-6) * self.feature_norm
-        token = F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)
-        out: torch.Tensor = self.fuse(torch.cat([normed.flatten(-2), token], -1))
+        parts = torch.cat([features, embedded], -1).unflatten(-1, (self.features + 1, -1))
+        normed = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * F.pad(self.feature_norm, (0, 0, 0, 1), value=1.0)
+        out: torch.Tensor = self.fuse(normed.flatten(-2))
         return out
 
     # ------------------------------------------------------------ inference

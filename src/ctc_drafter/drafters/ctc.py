@@ -19,7 +19,8 @@ from ..lattice.loss import (
     merge_prefix_log_probs,
     prefix_objective,
 )
-from ..lattice.prefix import best_prefixes, pool_lattice, pool_tokens
+from ..lattice.pool import pool_lattice, pool_tokens
+from ..lattice.prefix import best_tree
 from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
@@ -52,7 +53,7 @@ class CTCConfig:
     """Weight of the k-th label in the prefix objective: decay^(k-1)."""
     tree: Literal["prefix", "paths"] = "prefix"
     """Best exact prefixes, or the paper's: most probable slot paths, collapsed."""
-    pool: int = 48
+    pool: int = 256
     """Tokens that the prefix search considers."""
     vocabulary: int = 0
     """Draft only the most frequent tokens of the training answers; 0: all. Exactness is untouched."""
@@ -190,10 +191,9 @@ class CTCDrafter(TrainableDrafter):
         if self.has_context:
             _, (keys, values) = self._ready
             blank = torch.full_like(root, len(self.kept))
-            said = keys[torch.cat([pool, root], 1)]
-            context = (said @ values[torch.cat([rows, blank], 1)].transpose(1, 2)).float()
+            context = keys[torch.cat([pool, root], 1)], values[torch.cat([rows, blank], 1)]
         lattice = replace(pool_lattice(logits, rows, context, merge=not self.has_context), pool=pool)
-        return best_prefixes(lattice, budget, self.config.labels)
+        return best_tree(lattice, budget, self.config.labels)
 
     # ------------------------------------------------------------ training
 

@@ -2,15 +2,13 @@
 
 The probability of a prefix is the total mass of all slot paths whose text starts with it (recursions:
 ``lattice.loss``). It never rises from parent to child, so the most probable prefixes are closed under parents: they are
-the tree with the largest expected accepted length. ``best_first`` says so in plain code; ``best_prefixes`` does the
-same with fixed shapes.
+the tree with the largest expected accepted length. ``lattice.best_first`` finds them one by one; ``best_prefixes`` does
+the same in fixed shapes.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,165 +17,20 @@ from torch.nn import functional as F
 
 from ctc_drafter.tree import DraftTree
 
+from .best_first import best_first
+from .pool import MAX_BIAS, MIN_PROB, Lattice
+
 LOG_ZERO = -1e4
 """Stands in for log 0 where it is multiplied by 0: exp of it is 0."""
-MIN_PROB = 1e-30
-"""Less probable nodes become padding: near float32's smallest numbers a child could round to above its parent."""
 CHILD_DISCOUNT = 1 - 1e-5
 """Selection factor per level, beyond rounding errors: a child never ties with its parent, so its parent is selected."""
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """Slot distributions restricted to a pool of M tokens, in log space; the mass missing from 1 is outside the pool.
-
-    pool:  (B, M) long, distinct token ids.
-    emit:  (B, U, N, M) log p_i(pool m | last emitted token u).
-    blank: (B, U, N) log p_i(blank | u).
-    merge: True: equal neighbours merge (standard CTC); False: every non-blank slot emits one token.
-    U is 1 where emissions do not depend on the context, else M+1: u < M is pool token u, u = M is the root.
-    """
-
-    pool: Tensor
-    emit: Tensor
-    blank: Tensor
-    merge: bool
-
-    def __post_init__(self) -> None:
-        batch, contexts, slots, size = self.emit.shape
-        if self.pool.shape != (batch, size) or self.blank.shape != (batch, contexts, slots):
-            raise ValueError(
-                f"pool {tuple(self.pool.shape)}, emit {tuple(self.emit.shape)} and blank "
-                f"{tuple(self.blank.shape)} do not belong together"
-            )
-        if contexts != 1 and (self.merge or contexts != size + 1):
-            raise ValueError(f"{contexts} contexts do not fit a pool of {size} tokens with merge={self.merge}")
-
-    def context(self, token: int) -> int:
-        """Index on the U axis of the context in which pool token ``token`` was emitted last."""
-        return token if self.emit.shape[1] > 1 else 0
-
-    @property
-    def root(self) -> int:
-        """Index on the U axis of the root."""
-        return self.emit.shape[1] - 1
-
-
-def pool_tokens(slot_logits: Tensor, size: int) -> Tensor:
-    """The ``size`` real tokens with the largest max_i log p_i(v): (B, N, V+1), blank last -> (B, size) distinct ids.
-
-    Raises ValueError if size is not within 1..V.
-    """
-    vocab = slot_logits.shape[-1] - 1
-    if not 1 <= size <= vocab:
-        raise ValueError(f"pool size must be within 1..{vocab}, got {size}")
-    return slot_logits.log_softmax(-1)[..., :-1].amax(1).topk(size, dim=-1).indices
-
-
-def pool_lattice(slot_logits: Tensor, pool: Tensor, context_logits: Tensor | None, merge: bool) -> Lattice:
-    """Distributions of the slots over the pool and the blank, in float32 or better.
-
-    slot_logits: (B, N, V+1), blank last. pool: (B, M) distinct real tokens. context_logits: (B, M+1, M+1), the bias
-    that context u (pool token u, last row the root) adds to pool token m (last column the blank), or None.
-    Without context this is log_softmax gathered at the pool. With context the tokens outside the pool are one class
-    without bias: exact when the pool is the whole vocabulary. Raises ValueError for a context in the merge topology.
-    """
-    logits = slot_logits.to(torch.promote_types(slot_logits.dtype, torch.float32))
-    index = pool.unsqueeze(1).expand(-1, logits.shape[1], -1)
-    if context_logits is None:
-        total = logits.logsumexp(-1)
-        emit = (logits.gather(2, index) - total.unsqueeze(-1)).unsqueeze(1)
-        return Lattice(pool, emit, (logits[..., -1] - total).unsqueeze(1), merge)
-    if merge:
-        raise ValueError("the merge topology has no label context: its last label is not the last emission")
-    rest = logits[..., :-1].scatter(2, index, float("-inf")).logsumexp(-1)
-    pooled = torch.cat([logits.gather(2, index), logits[..., -1:]], dim=-1)
-    # Slots are the last axis in memory because the search sums over them.
-    classes = pooled.transpose(1, 2).unsqueeze(1) + context_logits.to(logits.dtype).unsqueeze(-1)  # (B, M+1, M+1, N)
-    total = torch.logaddexp(classes.logsumexp(2), rest.unsqueeze(1))
-    normal = classes - total.unsqueeze(2)
-    return Lattice(pool, normal[:, :, :-1].transpose(2, 3), normal[:, :, -1], merge)
-
-
-@dataclass(frozen=True)
-class _State:
-    """Mass of all slot paths that spell a prefix, in float64, by position 0..N = slots used.
-
-    arrived: (N+1,) its last label is first emitted here (position 0: the empty prefix). last: that pool index, or None.
-    """
-
-    arrived: list[float]
-    last: int | None
-
-
-def _log(probability: float) -> float:
-    return math.log(probability) if probability > 0 else -math.inf
-
-
-class _Row:
-    """One row of a lattice as plain float64 lists: the recursion in its most readable form."""
-
-    def __init__(self, lattice: Lattice, row: int) -> None:
-        self.lattice = lattice
-        self.emit: list[list[list[float]]] = lattice.emit[row].double().exp().tolist()
-        self.blank: list[list[float]] = lattice.blank[row].double().exp().tolist()
-        self.slots, self.size = lattice.emit.shape[2:]
-
-    def start(self) -> _State:
-        return _State([1.0] + [0.0] * self.slots, None)
-
-    def child(self, state: _State, token: int) -> _State:
-        """Extend by one label, which may be entered at any slot after the last label's."""
-        context = self.lattice.root if state.last is None else self.lattice.context(state.last)
-        arrived = [0.0] * (self.slots + 1)
-        run = rest = 0.0  # mass whose last slot emitted the last label / whose last slot was a blank
-        for i in range(self.slots):
-            if self.lattice.merge and state.last is not None:
-                run += state.arrived[i]
-                from_run = run if token != state.last else 0.0
-                arrived[i + 1] = (rest + from_run) * self.emit[0][i][token]
-                run, rest = run * self.emit[0][i][state.last], (run + rest) * self.blank[0][i]
-            else:
-                rest += state.arrived[i]
-                arrived[i + 1] = rest * self.emit[context][i][token]
-                rest *= self.blank[context][i]
-        return _State(arrived, token)
-
-
-def prefix_log_prob(lattice: Lattice, sequence: tuple[int, ...], row: int = 0) -> float:
-    """log P(the text starts with ``sequence``), pool indices, by the forward recursion. Slow and plain: a reference."""
-    table = _Row(lattice, row)
-    state = table.start()
-    for token in sequence:
-        state = table.child(state, token)
-    return _log(sum(state.arrived))
-
-
-def best_first(
-    lattice: Lattice, budget: int, row: int = 0, max_depth: int | None = None
-) -> list[tuple[tuple[int, ...], float]]:
-    """The ``budget`` most probable non-empty prefixes (pool indices) with their log P, most probable first.
-
-    A heap search that expands the most probable prefix first; exact since a child is never more probable than its
-    parent. Returns fewer where fewer have positive probability. Slow and plain: the specification of ``best_prefixes``.
-    """
-    table = _Row(lattice, row)
-    depth_limit = table.slots if max_depth is None else max_depth
-    found: list[tuple[tuple[int, ...], float]] = []
-    heap: list[tuple[float, tuple[int, ...], _State]] = [(-1.0, (), table.start())]
-    while heap and len(found) < budget:
-        negative, sequence, state = heapq.heappop(heap)
-        if sequence:
-            found.append((sequence, _log(-negative)))
-        if len(sequence) == depth_limit:
-            continue
-        for token in range(table.size):
-            child = table.child(state, token)
-            mass = sum(child.arrived)
-            if mass > 0:
-                # Rounding must not let a child overtake its parent.
-                heapq.heappush(heap, (max(-mass, negative), (*sequence, token), child))
-    return found
+def best_tree(lattice: Lattice, budget: int, max_depth: int | None = None) -> DraftTree:
+    """The draft tree with the largest expected accepted length: `best_first` on a CPU, `best_prefixes` elsewhere."""
+    if lattice.pool.device.type == "cpu" and lattice.pool.shape[0] == 1:
+        return best_first(lattice, budget, max_depth)
+    return best_prefixes(lattice, budget, max_depth)
 
 
 def best_prefixes(lattice: Lattice, budget: int, max_depth: int | None = None, beam: int | None = None) -> DraftTree:
@@ -189,7 +42,7 @@ def best_prefixes(lattice: Lattice, budget: int, max_depth: int | None = None, b
     candidates padding at the end. Not differentiable. Raises ValueError if budget is negative, or beam or max_depth is
     below 1.
     """
-    batch, _, slots, size = lattice.emit.shape
+    (batch, size), slots = lattice.pool.shape, lattice.logits.shape[1]
     levels = slots if max_depth is None else min(max_depth, slots)
     width = budget if beam is None else min(beam, budget)
     if budget < 0 or levels < 1 or (budget and width < 1):
@@ -197,9 +50,10 @@ def best_prefixes(lattice: Lattice, budget: int, max_depth: int | None = None, b
     if budget == 0:
         return DraftTree.empty(batch, lattice.pool.device)
     levels = min(levels, budget)
+    widths = _widths(size, levels, width)
     with torch.no_grad():
-        probs, index = _beam(lattice, levels, width)
-        return _pack(lattice.pool, probs, index, budget, _widths(size, levels, width))
+        probs, index = _beam(lattice, widths)
+        return _pack(F.pad(lattice.pool, (0, 2)), probs, index, budget, widths)
 
 
 def _widths(size: int, levels: int, width: int) -> tuple[int, ...]:
@@ -207,60 +61,99 @@ def _widths(size: int, levels: int, width: int) -> tuple[int, ...]:
     return tuple(min(width, size**level) for level in range(1, levels + 1))
 
 
-def _beam(lattice: Lattice, levels: int, width: int) -> tuple[Tensor, Tensor]:
-    """All beam nodes, root first, then level by level: probability, (parent's place in its level) * M + pool index."""
-    batch, _, _, size = lattice.emit.shape
-    row, root_prob, root_index = _row_constants(batch, lattice.pool.device)
-    masses, kernel, emission = _tables(lattice)  # masses: (B, candidates, S), by slot of first emission
-    states, contexts = masses.shape[2], kernel.shape[0] // batch
-    probs, indices = [root_prob], [root_index]
-    for kept in _widths(size, levels, width):
-        value, index = masses.sum(-1).topk(kept)
+def _beam(lattice: Lattice, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """All beam nodes, root first, then level by level: probability, (parent's place in its level) * C + class."""
+    batch, size = lattice.pool.shape
+    classes = size + 2
+    step = _Step(lattice)
+    root_prob, zero, mass, last = _root_constants(batch, lattice.logits.shape[1], size, lattice.pool.device)
+    probs, indices = [root_prob], [zero]
+    for kept in widths:
+        value, index = step.children(mass, last).topk(kept)
         probs.append(value)
         indices.append(index)
-        if len(indices) > levels:
-            break
-        nodes = (index + row * masses.shape[1]).view(-1)
-        context = (index % size + row * contexts).view(-1)
-        mass = masses.view(-1, 1, states).index_select(0, nodes)
-        arrive = torch.bmm(mass, kernel.index_select(0, context)[:, -states:])  # (B*W, 1, S)
-        masses = (arrive * emission.index_select(0, context)).view(batch, kept * size, states)
+        if len(indices) <= len(widths):
+            last = index % classes
+            mass = step.arrived(index, index // classes, last)
     return torch.cat(probs, 1), torch.cat(indices, 1)
 
 
-def _tables(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
-    """Root children and the two factors of a level step, for all contexts at once, in probability space.
+class _Step:
+    """Extends the W prefixes of a level by every class at once, in probability space.
 
-    Returns first (B, M, S): mass with which each child of the root is first emitted at each slot; kernel (B*U', R, S),
-    whose last S rows take the first-emission masses of a prefix that ends in context u to the mass that may emit the
-    next label at each slot; emission (B*U', M, S): probability that it does. So child = (mass @ kernel[u]) *
-    emission[u, child]. S = N, but 2N for merge, whose second half is the mass that may emit the same label again (only
-    through a blank).
+    A prefix is the class of its last label and mass (B, W, N+1): by position, that of the slot paths which first emit
+    this label there (position 0: the empty prefix). Contexts are kept as factors: the weight exp(keys[u] @ values[c])
+    of class c after label u multiplies the class's own exp(logit), and the normalizer of slot i is the product of both
+    summed over classes, so that no (context, class, slot) table is ever made.
     """
-    _, contexts, slots, size = lattice.emit.shape
-    emit = lattice.emit.transpose(2, 3).float()  # (B, U, M, N)
-    prob = emit.exp().contiguous()
-    stay = _silence(lattice.blank.float())  # (B, U, N+1, N)
-    first = stay[:, -1, :1] * prob[:, -1]
-    if not lattice.merge:
-        if contexts == 1:
-            stay, prob = (t.expand(-1, size, -1, -1) for t in (stay, prob))
-        return first, stay.reshape(-1, slots + 1, slots), prob.reshape(-1, size, slots)
-    run = _silence(emit.squeeze(1))[:, :, 1:]  # (B, M, N, N): only the last label again, from its first slot on
-    later, same_half = _merge_constants(slots, size, emit.device)
-    same = run @ (stay[:, :, :-1] * later)  # a run, then at least one blank
-    step = torch.cat([same + run, same], dim=-1)
-    kernel = torch.cat([step, step], dim=-2).view(-1, 2 * slots, 2 * slots)
-    emission = (prob.unsqueeze(-2) * same_half).view(-1, size, 2 * slots)
-    return F.pad(first, (0, slots)), kernel, emission
+
+    def __init__(self, lattice: Lattice) -> None:
+        logits = lattice.logits.float()
+        self.merge, self.size = lattice.merge, lattice.pool.shape[1]
+        self.probs = logits.softmax(-1)  # (B, N, C)
+        self.by_class = self.probs.transpose(1, 2)
+        self.labels = self.probs * _label_constants(self.size, logits.device)  # nothing for blank and the rest
+        self.label_by_class = self.labels.transpose(1, 2)
+        self.blank = self.probs[..., self.size].unsqueeze(1)
+        # A row more, so that a choice among NaNs stays within bounds.
+        self.keys = None if lattice.keys is None else F.pad(lattice.keys.float(), (0, 0, 0, 1))
+        self.values = None if lattice.values is None else lattice.values.float().transpose(1, 2)
+
+    def children(self, mass: Tensor, last: Tensor) -> Tensor:
+        """(B, W * C): the prefix probability of each child; 0 for blank and rest."""
+        self.last, self.weight = last, None
+        blank = self.blank.expand(-1, last.shape[1], -1)
+        if self.keys is not None and self.values is not None:
+            bias = torch.bmm(_rows(self.keys, last), self.values)
+            self.weight = bias.clamp_(-MAX_BIAS, MAX_BIAS).exp_()
+            normalizer = torch.bmm(self.weight, self.by_class)  # (B, W, N)
+            blank = blank * self.weight[..., self.size, None] / normalizer
+        stay = _silence(blank)
+        if self.merge:
+            self._may_emit_after_run(mass, last, stay)
+        else:
+            self.share = (mass.unsqueeze(2) @ stay).squeeze(2)  # mass that may emit the next label at each slot
+        if self.weight is not None:
+            self.share = self.share / normalizer
+        out = torch.bmm(self.share, self.labels)
+        if self.weight is not None:
+            out = out * self.weight
+        if self.merge:
+            same = (self.again * _rows(self.label_by_class, last)).sum(-1, keepdim=True)
+            out = out.scatter(2, last.unsqueeze(2), same)
+        return out.flatten(1)
+
+    def _may_emit_after_run(self, mass: Tensor, last: Tensor, stay: Tensor) -> None:
+        """Where equal neighbours merge, a label may follow a run of itself only through a blank."""
+        later = _later_constant(stay.shape[3], stay.device)
+        run = _silence(_rows(self.label_by_class, last))[:, :, 1:]  # (B, W, N, N): only the last label again
+        same = run @ (stay[:, :, :-1] * later)
+        start, rest = mass[..., :1], mass[..., 1:].unsqueeze(2)
+        self.again = (rest @ same).squeeze(2)
+        self.share = self.again + (rest @ run).squeeze(2) + start * stay[:, :, 0]
+
+    def arrived(self, index: Tensor, parent: Tensor, label: Tensor) -> Tensor:
+        """The masses (B, K, N+1) of the chosen children: index (B, K) into W * C, parent (B, K) into W."""
+        mass = _rows(self.share, parent)
+        if self.weight is not None:
+            mass = mass * self.weight.flatten(1).gather(1, index).unsqueeze(2)
+        if self.merge:
+            mass = torch.where((self.last.gather(1, parent) == label).unsqueeze(2), _rows(self.again, parent), mass)
+        return F.pad(mass * _rows(self.label_by_class, label), (1, 0))
 
 
-def _silence(log_prob: Tensor) -> Tensor:
-    """(B, U, N) -> (B, U, N+1, N): [i', i-1] = product of exp(log_prob) over slots between i' and i; 0 if i <= i'."""
-    batch, contexts, slots = log_prob.shape
-    between, bias = _silence_constants(slots, log_prob.device)
-    flat = log_prob.reshape(-1, slots).clamp_min(LOG_ZERO)
-    return torch.addmm(bias, flat, between).exp().view(batch, contexts, slots + 1, slots)
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """table (B, n, d), index (B, k) -> (B, k, d)."""
+    if table.shape[0] == 1:
+        return table[0].index_select(0, index[0]).unsqueeze(0)
+    return table.gather(1, index.unsqueeze(2).expand(-1, -1, table.shape[2]))
+
+
+def _silence(prob: Tensor) -> Tensor:
+    """(B, W, N) -> (B, W, N+1, N): [i', i-1] = product of prob over the slots between i' and i; 0 if i <= i'."""
+    between, bias = _silence_constants(prob.shape[2], prob.device)
+    flat = prob.log().clamp_min_(LOG_ZERO).flatten(0, 1)
+    return torch.addmm(bias, flat, between).exp_().view(*prob.shape[:2], prob.shape[2] + 1, prob.shape[2])
 
 
 def _pack(pool: Tensor, probs: Tensor, index: Tensor, budget: int, widths: tuple[int, ...]) -> DraftTree:
@@ -287,10 +180,19 @@ def _pack(pool: Tensor, probs: Tensor, index: Tensor, budget: int, widths: tuple
 
 
 @lru_cache(maxsize=64)
-def _row_constants(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers (B, 1), and the root as a beam node: a probability above any other, index 0."""
-    row = torch.arange(batch, device=device).unsqueeze(1)
-    return row, torch.full((batch, 1), 2.0, device=device), torch.zeros_like(row)
+def _root_constants(batch: int, slots: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The root as a beam node: a probability above any other and index 0, (B, 1); its mass (B, 1, N+1), its class."""
+    prob = torch.full((batch, 1), 2.0, device=device)
+    mass = torch.zeros(batch, 1, slots + 1, device=device)
+    mass[..., 0] = 1.0
+    last = torch.full((batch, 1), size, device=device)
+    return prob, torch.zeros_like(last), mass, last
+
+
+@lru_cache(maxsize=64)
+def _label_constants(size: int, device: torch.device) -> Tensor:
+    """(C,) 1 for the tokens of the pool, 0 for blank and rest."""
+    return (torch.arange(size + 2, device=device) < size).float()
 
 
 @lru_cache(maxsize=64)
@@ -304,11 +206,9 @@ def _silence_constants(slots: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 @lru_cache(maxsize=64)
-def _merge_constants(slots: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, N) 1 where at least one slot lies between; (M, M, 2, 1) the half of the state label m uses after label u."""
-    later = torch.ones(slots, slots, device=device).triu(1)
-    same = torch.eye(size, device=device)
-    return later, torch.stack([1 - same, same], dim=-1).unsqueeze(-1)
+def _later_constant(slots: int, device: torch.device) -> Tensor:
+    """(N, N) 1 where at least one slot lies between."""
+    return torch.ones(slots, slots, device=device).triu(1)
 
 
 @lru_cache(maxsize=64)
