@@ -50,7 +50,8 @@ def batch_for(drafter: CTCDrafter, rows: int = 3, length: int = 24) -> dict[str,
     labels = drafter.kept[labels % len(drafter.kept)]
     labels[0, 0, 1:] = -100
     labels[1, 2, 3:] = -100
-    return {"features": torch.randn(rows, length, width), "token_ids": ids, "anchors": anchors, "labels": labels}
+    features, possible = torch.randn(rows, length, width), torch.ones(rows, length, dtype=torch.bool)
+    return {"features": features, "token_ids": ids, "anchors": anchors, "labels": labels, "possible": possible}
 
 
 # ---------------------------------------------------------------- one computation, two ways
@@ -105,7 +106,8 @@ def test_tree_probabilities_are_those_that_training_raises(kind: str, target: Ta
                 expected += float(tree.log_probs[0, i].exp())
                 i = int(tree.parents[0, i])
             labels = torch.tensor([[path + [-100] * (4 - len(path))]])
-            _, metrics = drafter.train_loss(features, tokens, torch.tensor([[5]]), labels)
+            everywhere = torch.ones(1, 7, dtype=torch.bool)
+            _, metrics = drafter.train_loss(features, tokens, torch.tensor([[5]]), labels, everywhere)
             assert float(metrics["expected_accepted"]) == pytest.approx(expected, rel=1e-3)
 
 

@@ -39,11 +39,13 @@ def sequences(draw: st.DrawFn) -> list[_Sequence]:
 @settings(max_examples=150, deadline=None)
 @given(sequences(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99))
 def test_problems_are_what_they_say(rows: list[_Sequence], anchors: int, labels: int, seed: int) -> None:
-    ids, where, what = make_problems(rows, anchors, labels, torch.Generator().manual_seed(seed))
+    ids, where, what, possible = make_problems(rows, anchors, labels, torch.Generator().manual_seed(seed))
     assert ids.shape == (len(rows), max(len(r.ids) for r in rows))
     assert where.shape == (len(rows), anchors) and what.shape == (len(rows), anchors, labels)
     for i, row in enumerate(rows):
         assert ids[i, : len(row.ids)].tolist() == row.ids
+        inside = row.mask + [0] * (ids.shape[1] + 2 - len(row.mask))
+        assert possible[i].tolist() == [bool(inside[t + 1] and inside[t + 2]) for t in range(ids.shape[1])]
         for t, got in zip(where[i].tolist(), what[i].tolist()):
             assert row.mask[t + 1] and row.mask[t + 2]  # root and first label are in the answer
             want = []
@@ -55,7 +57,7 @@ def test_problems_are_what_they_say(rows: list[_Sequence], anchors: int, labels:
 
 def test_long_answers_repeat_no_anchor() -> None:
     rows = [_Sequence(list(range(40)), [0] * 5 + [1] * 35), _Sequence(list(range(40)), [0] * 9 + [1] * 31)]
-    _, where, _ = make_problems(rows, 25, 3, torch.Generator().manual_seed(0))
+    _, where, _, _ = make_problems(rows, 25, 3, torch.Generator().manual_seed(0))
     assert all(len(set(row.tolist())) == 25 for row in where)
 
 

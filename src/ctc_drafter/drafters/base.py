@@ -61,12 +61,18 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def train_loss(
-        self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor, labels: torch.Tensor
+        self,
+        features: torch.Tensor,
+        token_ids: torch.Tensor,
+        anchors: torch.Tensor,
+        labels: torch.Tensor,
+        possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of drafting at many anchors of teacher-forced sequences.
 
         features (B, T, F * hidden_size); token_ids (B, T); anchors (B, A): position t of each root's predecessor, the
-        root being token t+1; labels (B, A, L): the tokens after the root, -100 where there is none.
+        root being token t+1; labels (B, A, L): the tokens after the root, -100 where there is none; possible (B, T)
+        bool: the positions that could be anchors, for drafters that train on all of them.
         Returns the mean loss and named detached metrics.
         """
         raise NotImplementedError
@@ -85,12 +91,17 @@ class TrainableDrafter(Drafter):
 
     config_class: ClassVar[type]
     config: Any
+    kept: torch.Tensor
+    """(K,) ids of the tokens that are drafted, ascending."""
+    place: torch.Tensor
+    """(V,) for each token its place in `kept`, -1 where it is not drafted."""
 
     def __init__(self, config: Any, target: Target) -> None:
         super().__init__()
         self.config = config
         # A plain list hides the borrowed modules from parameters() and state_dict().
         self._borrowed = [target]
+        self.keep_tokens(0)
 
     @property
     def target(self) -> Target:
@@ -137,11 +148,37 @@ class TrainableDrafter(Drafter):
         """Labels after the root that training looks at."""
         raise NotImplementedError
 
+    # ------------------------------------------------------------ vocabulary
+
+    def keep_tokens(self, count: int) -> None:
+        """Draft only `count` tokens (0: all); which ones, `fit_vocabulary` or a checkpoint says."""
+        vocabulary = self.target.vocab_size
+        self.register_buffer("kept", torch.arange(min(count or vocabulary, vocabulary)))
+        self.register_buffer("place", torch.arange(vocabulary), persistent=False)
+
     def fit_vocabulary(self, counts: torch.Tensor) -> None:
-        """Called once before training with the token counts (V,) of the training answers."""
+        """Keep the most frequent tokens; called once before training with the counts (V,) in the training answers."""
+        self.kept.copy_(counts.argsort(descending=True, stable=True)[: len(self.kept)].sort().values)
+        self._index_kept()
+
+    def _index_kept(self) -> None:
+        self.place.fill_(-1)
+        self.place[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
+
+    def kept_head(self) -> torch.Tensor:
+        """The target's LM head on the kept tokens: (K, hidden_size)."""
+        return self.target.head.weight[self.kept]
 
     def prepare(self) -> None:
         """Called once after loading, on the target's device and dtype: derive inference-only tables."""
+        self._index_kept()
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """A frozen linear layer that uses `weight` (out, in) as it is."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule
-from .base import IGNORE, TrainableDrafter, register
+from .base import IGNORE, TrainableDrafter, linear_of, register
 
 
 @dataclass
@@ -84,8 +84,6 @@ class CTCDrafter(TrainableDrafter):
 
     config_class = CTCConfig
     config: CTCConfig
-    kept: torch.Tensor
-    place: torch.Tensor
 
     def __init__(self, config: CTCConfig, target: Target) -> None:
         super().__init__(config, target)
@@ -111,9 +109,7 @@ class CTCDrafter(TrainableDrafter):
             target.max_context,
         )
         self.blank = nn.Parameter(torch.zeros(1, width))
-        size = min(config.vocabulary or target.vocab_size, target.vocab_size)
-        self.register_buffer("kept", torch.arange(size))
-        self.register_buffer("place", torch.arange(target.vocab_size), persistent=False)
+        self.keep_tokens(config.vocabulary)
         self._ready: Any = None
         self.has_context = config.topology == "label-context"
         if self.has_context:
@@ -131,19 +127,9 @@ class CTCDrafter(TrainableDrafter):
 
     # ------------------------------------------------------------ distributions
 
-    def fit_vocabulary(self, counts: torch.Tensor) -> None:
-        """Keep the most frequent tokens; counts (V,) of the training answers."""
-        self.kept.copy_(counts.argsort(descending=True, stable=True)[: len(self.kept)].sort().values)
-        self._index_kept()
-
-    def _index_kept(self) -> None:
-        """place[id]: the kept token's row, -1 for a token that is not kept."""
-        self.place.fill_(-1)
-        self.place[self.kept] = torch.arange(len(self.kept), device=self.kept.device)
-
     def head_rows(self) -> torch.Tensor:
         """The target's LM head on the kept tokens, and the blank row: (K + 1, width)."""
-        return torch.cat([self.target.head.weight[self.kept], self.blank])
+        return torch.cat([self.kept_head(), self.blank])
 
     def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (...) -> what they say to the next slot, (..., rank)."""
@@ -158,10 +144,8 @@ class CTCDrafter(TrainableDrafter):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        self._index_kept()
-        rows = self.head_rows()
-        head = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
-        head.weight = nn.Parameter(rows, requires_grad=False)
+        super().prepare()
+        head = linear_of(self.head_rows())
         vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
         tables = (self._context_key(vocabulary), self._context_value()) if self.has_context else None
         self._ready = (head, tables)
@@ -198,7 +182,12 @@ class CTCDrafter(TrainableDrafter):
     # ------------------------------------------------------------ training
 
     def train_loss(
-        self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor, labels: torch.Tensor
+        self,
+        features: torch.Tensor,
+        token_ids: torch.Tensor,
+        anchors: torch.Tensor,
+        labels: torch.Tensor,
+        possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         embedded = self.target.embedding(token_ids[:, 1:])
         context = self.module.context(features[:, :-1], embedded)

@@ -177,10 +177,11 @@ def _batch(sequences: list[_Sequence], step: int, config: TrainConfig) -> list[_
 
 def make_problems(
     sequences: list[_Sequence], anchors: int, labels: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pad sequences and draw anchors: ids (B, T), anchors (B, A), labels (B, A, L) with -100 past the end.
 
     Anchor t: tokens up to t are read, t+1 is the root, t+2.. are the labels; root and first label lie in the answer.
+    The last of the four, (B, T) bool, marks all positions that could be anchors.
     """
     width = max(len(s.ids) for s in sequences)
     ids = torch.zeros(len(sequences), width + labels + 2, dtype=torch.long)
@@ -188,14 +189,14 @@ def make_problems(
     for i, s in enumerate(sequences):
         ids[i, : len(s.ids)] = torch.tensor(s.ids)
         valid[i, : len(s.ids)] = torch.tensor(s.mask, dtype=torch.bool)
-    possible = (valid[:, 1:-1] & valid[:, 2:])[:, :width].float()
+    possible = (valid[:, 1:-1] & valid[:, 2:])[:, :width]
     # Without replacement where the answer is long enough; short answers repeat some of theirs.
     few = possible.sum(-1).min() < anchors
-    chosen = torch.multinomial(possible, anchors, replacement=bool(few), generator=generator)
+    chosen = torch.multinomial(possible.float(), anchors, replacement=bool(few), generator=generator)
     index = chosen[..., None] + 2 + torch.arange(labels)
     rows = torch.arange(len(sequences))[:, None, None]
     target_labels = ids[rows, index].masked_fill(~valid[rows, index].cumprod(-1).bool(), IGNORE)
-    return ids[:, :width], chosen, target_labels
+    return ids[:, :width], chosen, target_labels, possible
 
 
 # ---------------------------------------------------------------- optimization
@@ -205,11 +206,11 @@ def _loss(
     config: TrainConfig, target: Target, drafter: TrainableDrafter, sequences: list[_Sequence], seed: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     problems = make_problems(sequences, config.anchors, drafter.proposed_labels, torch.Generator().manual_seed(seed))
-    ids, anchors, labels = (t.to(target.device) for t in problems)
+    ids, anchors, labels, possible = (t.to(target.device) for t in problems)
     with torch.no_grad():
         _, features = target.forward(ids, use_cache=False, logits_to_keep=1)
     with torch.autocast(target.device.type, torch.bfloat16, enabled=target.dtype != torch.float32):
-        return drafter.train_loss(features, ids, anchors, labels)
+        return drafter.train_loss(features, ids, anchors, labels, possible)
 
 
 def _optimize(
