@@ -8,14 +8,22 @@ from ..errors import UserError
 from ..target import EMBEDDED, Target
 from .base import DRAFTERS, Drafter, TrainableDrafter, load_trainable, register
 from .ctc import CTCConfig, CTCDrafter
+from .lookup import LookupDrafter
+from .medusa import MedusaConfig, MedusaDrafter
 from .none import NoDrafter
+from .parallel import ParallelConfig, ParallelDrafter
 
 __all__ = [
     "DRAFTERS",
     "CTCConfig",
     "CTCDrafter",
     "Drafter",
+    "LookupDrafter",
+    "MedusaConfig",
+    "MedusaDrafter",
     "NoDrafter",
+    "ParallelConfig",
+    "ParallelDrafter",
     "TrainableDrafter",
     "load_drafter",
     "register",
@@ -25,7 +33,7 @@ EMBEDDED_DRAFTERS = ("ctc", "paper")
 
 
 def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
-    """A drafter for `target`: `none`, an embedded one (`ctc`, the default; `paper`), or a checkpoint folder.
+    """A drafter for `target`: `none`, `lookup`, an embedded one (`ctc`, the default; `paper`), or a checkpoint folder.
 
     Raises UserError if there is no such drafter or it was made for another target.
     """
@@ -35,7 +43,7 @@ def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
         return kind()
     folder = EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
     if not folder.is_dir():
-        known = ", ".join(("none", *EMBEDDED_DRAFTERS))
+        known = ", ".join(("none", "lookup", *EMBEDDED_DRAFTERS))
         raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {known}.")
     drafter = load_trainable(folder, target)
     drafter.name = name if name in EMBEDDED_DRAFTERS else folder.resolve().name

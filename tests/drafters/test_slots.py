@@ -1,4 +1,4 @@
-"""The CTC drafter: training and inference compute the same, and training reaches every parameter."""
+"""The parallel drafters: training and inference compute the same, and training reaches every parameter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ctc_drafter.drafters import CTCConfig, CTCDrafter
+from ctc_drafter.drafters import DRAFTERS, CTCConfig, CTCDrafter, MedusaConfig, ParallelConfig
+from ctc_drafter.drafters.slots import SlotDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import LAST, Target
 
@@ -20,13 +21,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "merge, few tokens": {"topology": "merge", "vocabulary": 90},
     "merge, label loss": {"topology": "merge", "objective": "label", "tree": "paths"},
     "merge, label loss, few tokens": {"topology": "merge", "objective": "label", "tree": "paths", "vocabulary": 90},
+    "merge, label loss, no collapse": {"topology": "merge", "objective": "label", "tree": "slots"},
+    "merge on heads": {"topology": "merge", "module": "heads"},
+    "label-context on heads": {"context_rank": 8, "module": "heads"},
+    "parallel": {"kind": "parallel", "slots": 4},
+    "parallel, label context": {"kind": "parallel", "slots": 4, "label_context": True, "context_rank": 8},
+    "parallel, few tokens": {"kind": "parallel", "slots": 4, "label_context": True, "vocabulary": 90},
+    "medusa": {"kind": "medusa", "slots": 4},
+    "medusa, few tokens": {"kind": "medusa", "slots": 4, "vocabulary": 90},
 }
 
 
-def lively(target: Target, **config: Any) -> CTCDrafter:
+def lively(target: Target, kind: str = "ctc", **config: Any) -> SlotDrafter:
     """A drafter whose parameters are all random: what starts at zero or one would hide mistakes."""
     torch.manual_seed(1)
-    drafter = CTCDrafter(CTCConfig(**{"slots": 5, "labels": 4, **config}), target)
+    cls: Any = DRAFTERS[kind]
+    drafter: SlotDrafter = cls(cls.config_class(**{"slots": 5, "labels": 4, **config}), target)
     with torch.no_grad():
         for p in drafter.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -36,11 +46,11 @@ def lively(target: Target, **config: Any) -> CTCDrafter:
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
-def drafter(request: pytest.FixtureRequest, target: Target) -> CTCDrafter:
+def drafter(request: pytest.FixtureRequest, target: Target) -> SlotDrafter:
     return lively(target, **request.param)
 
 
-def batch_for(drafter: CTCDrafter, rows: int = 3, length: int = 24) -> dict[str, torch.Tensor]:
+def batch_for(drafter: SlotDrafter, rows: int = 3, length: int = 24) -> dict[str, torch.Tensor]:
     """Random features and tokens; labels are the tokens after the root, some of them cut short."""
     torch.manual_seed(2)
     width = drafter.target.hidden_size * len(drafter.feature_layers)
@@ -58,7 +68,7 @@ def batch_for(drafter: CTCDrafter, rows: int = 3, length: int = 24) -> dict[str,
 
 
 @pytest.mark.parametrize("chunks", [[1] * 11, [7, 1, 3], [2, 4, 1, 1, 3], [11]])
-def test_steps_equal_the_training_pass(drafter: CTCDrafter, chunks: list[int]) -> None:
+def test_steps_equal_the_training_pass(drafter: SlotDrafter, chunks: list[int]) -> None:
     """Pairs appended in ragged chunks give, at each anchor, the slots of the parallel pass."""
     target, length = drafter.target, sum(chunks)
     width = target.hidden_size * len(drafter.feature_layers)
@@ -74,7 +84,7 @@ def test_steps_equal_the_training_pass(drafter: CTCDrafter, chunks: list[int]) -
             torch.testing.assert_close(slots, want[:, end - 1], rtol=1e-5, atol=1e-5 * float(want.std()))
 
 
-def test_anchors_see_no_future(drafter: CTCDrafter) -> None:
+def test_anchors_see_no_future(drafter: SlotDrafter) -> None:
     """Features and tokens behind an anchor's root do not change its slots."""
     target = drafter.target
     features = torch.randn(1, 9, target.hidden_size * len(drafter.feature_layers))
@@ -97,9 +107,9 @@ def test_tree_probabilities_are_those_that_training_raises(kind: str, target: Ta
     with torch.no_grad():
         drafter.start(6)
         drafter.draft(features[:, :4], tokens[:, 1:5])
-        tree = drafter.tree(drafter.draft(features[:, 4:6], tokens[:, 5:]), 12)
+        tree = drafter.tree(drafter.draft(features[:, 4:6], tokens[:, 5:]), 40)
         assert tree.log_probs is not None and tree.depths.max() > 1
-        for node in range(12):
+        for node in range(40):
             path, expected, i = [], 0.0, node
             while i >= 0:
                 path.insert(0, int(tree.tokens[0, i]))
@@ -114,19 +124,18 @@ def test_tree_probabilities_are_those_that_training_raises(kind: str, target: Ta
 # ---------------------------------------------------------------- training
 
 
-def test_gradients_reach_every_parameter(drafter: CTCDrafter) -> None:
+def test_gradients_reach_every_parameter(drafter: SlotDrafter) -> None:
     loss, metrics = drafter.train_loss(**batch_for(drafter))
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(v) and not v.requires_grad for v in metrics.values())
     names = {name for name, _ in drafter.named_parameters()}
-    assert {"module.feature_norm", "blank", "module.slot_embedding"} <= names
-    assert ("context_down.weight" in names) == drafter.has_context
+    assert ("context_down.weight" in names) == drafter.has_context and ("blank" in names) == drafter.has_blank
     for name, p in drafter.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().max() > 0, name
     assert all(p.grad is None for p in drafter.target.model.parameters())
 
 
-def test_training_overfits_one_batch(drafter: CTCDrafter) -> None:
+def test_training_overfits_one_batch(drafter: SlotDrafter) -> None:
     batch = batch_for(drafter, rows=2)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
     losses = []
@@ -140,7 +149,7 @@ def test_training_overfits_one_batch(drafter: CTCDrafter) -> None:
     assert 0 < float(metrics["first"]) <= 1 and 0 < float(metrics["expected_accepted"]) <= 4
 
 
-def test_ignored_labels_do_not_count(drafter: CTCDrafter) -> None:
+def test_ignored_labels_do_not_count(drafter: SlotDrafter) -> None:
     """What stands behind -100 changes nothing; a real label does."""
     batch = batch_for(drafter)
     batch["labels"][0, 0] = torch.tensor([int(drafter.kept[4]), -100, -100, -100])
@@ -149,7 +158,7 @@ def test_ignored_labels_do_not_count(drafter: CTCDrafter) -> None:
     assert drafter.train_loss(**batch)[0] != first
 
 
-def test_repeated_labels_that_no_path_can_spell(drafter: CTCDrafter) -> None:
+def test_repeated_labels_that_no_path_can_spell(drafter: SlotDrafter) -> None:
     """Four equal labels need seven merging slots and there are five: finite all the same."""
     batch = batch_for(drafter)
     batch["labels"][0] = 7
@@ -175,7 +184,7 @@ def test_labels_that_are_not_drafted_end_the_label(target: Target) -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in drafter.parameters())
 
 
-def test_target_stays_out_of_the_parameters(drafter: CTCDrafter) -> None:
+def test_target_stays_out_of_the_parameters(drafter: SlotDrafter) -> None:
     borrowed = {p.data_ptr() for p in drafter.target.model.parameters()}
     assert not borrowed & {p.data_ptr() for p in drafter.parameters()}
     stored = [v for v in drafter.state_dict().values() if v.is_floating_point()]
@@ -186,7 +195,7 @@ def test_target_stays_out_of_the_parameters(drafter: CTCDrafter) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 16, 80])
-def test_trees_have_exactly_the_budget(drafter: CTCDrafter, budget: int) -> None:
+def test_trees_have_exactly_the_budget(drafter: SlotDrafter, budget: int) -> None:
     with torch.no_grad():
         drafter.start(10)
         width = drafter.target.hidden_size * len(drafter.feature_layers)
@@ -207,6 +216,83 @@ def test_budget_larger_than_all_that_can_be_said(topology: str, target: Target) 
         tree = drafter.tree(drafter.draft(torch.randn(1, 4, target.hidden_size), torch.tensor([[1, 2, 3, 4]])), 600)
     tree.check()
     assert tree.budget == 600 and set(tree.tokens[0].tolist()) == set(range(target.vocab_size))
+
+
+# ---------------------------------------------------------------- what defines each method
+
+
+def slots_of(drafter: SlotDrafter, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        drafter.start(20)
+        return drafter.draft(features, tokens)[0][0]
+
+
+def test_medusa_heads_are_independent(target: Target) -> None:
+    """A head depends on its own block and on the newest feature; not on other heads, the root, or the past."""
+    drafter = lively(target, "medusa", slots=4)
+    features, tokens = torch.randn(1, 6, target.hidden_size), torch.randint(0, 300, (1, 6))
+    before = slots_of(drafter, features, tokens)
+    earlier = features.clone()
+    earlier[:, :-1] += 1
+    torch.testing.assert_close(slots_of(drafter, earlier, (tokens + 1) % 300), before)
+    with torch.no_grad():
+        drafter.module.blocks.weight.unflatten(0, (4, -1))[2] += 0.5
+    changed = (slots_of(drafter, features, tokens) - before).nan_to_num().abs().amax(-1) > 1e-4
+    assert changed.tolist() == [False, False, True, False]
+
+
+def test_untrained_medusa_heads_say_what_the_target_says(target: Target) -> None:
+    drafter: Any = DRAFTERS["medusa"](MedusaConfig(), target)
+    drafter.prepare()
+    features = torch.randn(1, 3, target.hidden_size)
+    slots = slots_of(drafter, features, torch.tensor([[1, 2, 3]]))[:, :-1]
+    torch.testing.assert_close(slots, target.head(features[0, -1:]).expand(5, -1))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "ctc"])
+def test_attention_slots_see_the_root_and_the_past(kind: str, target: Target) -> None:
+    drafter = lively(target, kind, slots=4)
+    features, tokens = torch.randn(1, 6, target.hidden_size), torch.randint(0, 299, (1, 6))
+    before = slots_of(drafter, features, tokens)
+    other = tokens.clone()
+    other[0, -1] += 1
+    earlier = features.clone()
+    earlier[:, 0] += 1
+    for changed in (slots_of(drafter, features, other), slots_of(drafter, earlier, tokens)):
+        assert ((changed - before).nan_to_num().abs().amax(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("name", ["parallel", "medusa", "merge, label loss, no collapse"])
+def test_trees_without_collapse_hold_products_of_slot_probabilities(name: str, target: Target) -> None:
+    drafter = lively(target, **{**KINDS[name], "pool": target.vocab_size})
+    with torch.no_grad():
+        drafter.start(20)
+        guess = drafter.draft(torch.randn(1, 5, target.hidden_size), torch.randint(0, 300, (1, 5)))
+        tree = drafter.tree(guess, 16)
+    slots = guess[0][0, :, :-1].double().log_softmax(-1)
+    assert tree.log_probs is not None and tree.depths.max() > 1
+    for node in range(16):
+        path, i = [], node
+        while i >= 0:
+            path.insert(0, int(tree.tokens[0, i]))
+            i = int(tree.parents[0, i])
+        want = sum(float(slots[k, token]) for k, token in enumerate(path))
+        assert float(tree.log_probs[0, node]) == pytest.approx(want, abs=1e-4)
+
+
+def test_without_label_context_the_draft_ignores_what_was_said(target: Target) -> None:
+    """With it, the second token's distribution depends on the first; without it, it does not."""
+    for context in (False, True):
+        drafter = lively(target, "parallel", slots=4, label_context=context, pool=target.vocab_size)
+        labels = torch.randint(0, 300, (1, 2, 4))
+        labels[0, 1] = labels[0, 0]
+        labels[0, 1, 0] = (labels[0, 0, 0] + 1) % 300
+        with torch.no_grad():
+            flat, rows, lengths = drafter.label_rows(labels, -100)
+            logits = torch.randn(1, 4, target.vocab_size).expand(2, -1, -1)
+            scores = drafter.prefix_scores(logits, torch.tensor([7, 7]), flat, rows, lengths)  # type: ignore[operator]
+        second = scores[:, 1] - scores[:, 0]
+        assert (abs(float(second[0] - second[1])) > 1e-4) == context
 
 
 # ---------------------------------------------------------------- config
@@ -231,6 +317,18 @@ def test_budget_larger_than_all_that_can_be_said(topology: str, target: Target) 
 def test_impossible_configs(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         CTCConfig(**bad)
+
+
+def test_impossible_configs_of_the_others() -> None:
+    for config, bad in (
+        (ParallelConfig, {"slots": 6}),
+        (MedusaConfig, {"module": "attention"}),
+        (MedusaConfig, {"label_context": True}),
+        (CTCConfig, {"module": "heads", "feature_layers": [1, -1]}),
+        (CTCConfig, {"module": "heads", "layers": 2}),
+    ):
+        with pytest.raises(ValueError):
+            config(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"heads": 3}, {"heads": 4, "kv_heads": 3}, {"heads": 64}])

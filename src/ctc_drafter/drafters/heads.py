@@ -1,0 +1,39 @@
+"""Residual heads: every slot is a block of its own on the target's newest feature (Medusa, Cai et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class HeadsModule(nn.Module):
+    """z_i = f + silu(A_i f + b_i) for slots i = 1..N, f being what the LM head reads; A_i and b_i start at zero.
+
+    It offers what `DraftModule` offers, but keeps no context: a slot sees the newest feature only.
+    """
+
+    def __init__(self, width: int, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.blocks = nn.Linear(width, slots * width)
+        nn.init.zeros_(self.blocks.weight)
+        nn.init.zeros_(self.blocks.bias)
+
+    def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """The features (B, n, width) themselves; the next tokens are not seen."""
+        return features
+
+    def start(self, capacity: int, like: torch.Tensor) -> None:
+        """There is no cache."""
+
+    def step(self, context: torch.Tensor) -> torch.Tensor:
+        """Slots after the newest feature of context (1, n, width): (1, N, width)."""
+        return self._slots(context[:, -1])
+
+    def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """context (B, T, width), anchors (B, A) -> slots (B, A, N, width)."""
+        return self._slots(context.gather(1, anchors[..., None].expand(-1, -1, context.shape[-1])))
+
+    def _slots(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., None, :] + F.silu(self.blocks(x).unflatten(-1, (self.slots, -1)))

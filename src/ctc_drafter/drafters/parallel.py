@@ -1,0 +1,70 @@
+"""The parallel drafter without alignment: slot k is trained by cross-entropy on the k-th next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..lattice.loss import prefix_objective
+from ..target import Target
+from .base import IGNORE, register
+from .slots import SlotConfig, SlotDrafter, expected_acceptance
+
+
+@dataclass
+class ParallelConfig(SlotConfig):
+    """Shape and search of a drafter whose k-th slot is the k-th token."""
+
+    label_context: bool = False
+    """Let a slot's distribution depend on the token of the slot before it (a low-rank bigram, as in DSpark)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots != self.labels:
+            raise ValueError("without blanks every slot is a label, so slots and labels must be equal")
+
+
+@register("parallel")
+class ParallelDrafter(SlotDrafter):
+    """The attention draft module with cross-entropy: the ablation of CTC, and near to DFlash and DSpark.
+
+    P(y_1 .. y_k) is the product of the slots' probabilities, p_i(y_i) or with label context p_i(y_i | y_(i-1)).
+    """
+
+    config_class = ParallelConfig
+    config: ParallelConfig
+
+    def __init__(self, config: ParallelConfig, target: Target) -> None:
+        super().__init__(config, target, blank=False, context=config.label_context)
+
+    def train_loss(
+        self,
+        features: torch.Tensor,
+        token_ids: torch.Tensor,
+        anchors: torch.Tensor,
+        labels: torch.Tensor,
+        possible: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits, roots = self.slot_logits(features, token_ids, anchors)
+        labels, rows, lengths = self.label_rows(labels, IGNORE)
+        prefix = self.prefix_scores(logits, roots, labels, rows, lengths)
+        loss = prefix_objective(prefix, self.config.decay, lengths)
+        usable, metrics = expected_acceptance(prefix, lengths)
+        return (loss * usable).sum() / usable.sum().clamp_min(1), metrics
+
+    def prefix_scores(
+        self,
+        logits: torch.Tensor,
+        roots: torch.Tensor,
+        labels: torch.Tensor,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log probabilities (A, L) of all label prefixes: logits (A, L, K), roots (A,), labels and rows (A, L)."""
+        if self.has_context:
+            said = torch.cat([roots[:, None], labels[:, :-1]], 1)
+            logits = logits + (self._context_key(said) @ self._context_value().T).float()
+        conditional = logits.log_softmax(-1).gather(2, rows[..., None])[..., 0]
+        counted = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+        return (conditional * counted).cumsum(-1)

@@ -1,0 +1,212 @@
+"""What the parallel drafters share: a module that fills N slots in one pass, label context, and the tree search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UserError
+from ..lattice.pool import pool_lattice, pool_tokens
+from ..lattice.prefix import best_tree
+from ..packing import PackedLinears
+from ..target import LAST, Target
+from ..tree import DraftTree
+from .attention import DraftModule
+from .base import TrainableDrafter, linear_of
+from .heads import HeadsModule
+
+
+@dataclass
+class SlotConfig:
+    """Shape and search of a drafter that fills all its slots in one pass."""
+
+    module: Literal["attention", "heads"] = "attention"
+    """attention: slots attend to the context and to each other; heads: a residual block each on the newest feature."""
+    hidden_size: int = 0
+    """0: the target's."""
+    intermediate_size: int = 0
+    """0: twice the hidden size."""
+    heads: int = 0
+    """Attention heads; 0: one for every 64 of the hidden size."""
+    kv_heads: int = 0
+    """0: a third of the heads (at least one)."""
+    layers: int = 1
+    slots: int = 5
+    labels: int = 5
+    """Next tokens that training looks at, and the longest proposal of the prefix tree."""
+    context_rank: int = 128
+    """Rank of the label context, where there is one."""
+    feature_layers: list[int] = field(default_factory=lambda: [LAST])
+    """Target layers whose outputs are read, counted from 1; -1 is what the LM head reads."""
+    decay: float = 0.8
+    """Weight of the k-th label in the loss: decay^(k-1)."""
+    pool: int = 256
+    """Tokens that the tree search considers."""
+    vocabulary: int = 0
+    """Draft only the most frequent tokens of the training answers; 0: all. Exactness is untouched."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.slots < 1 or not 1 <= self.labels <= self.slots:
+            raise ValueError("a parallel drafter needs layers >= 1 and 1 <= labels <= slots")
+        if not self.feature_layers:
+            raise ValueError("a drafter needs at least one of the target's layers in feature_layers")
+        if self.module == "heads" and (self.feature_layers != [LAST] or self.layers != 1):
+            raise ValueError("module 'heads' reads feature_layers [-1] only, and has layers 1")
+        if min(self.context_rank, self.pool) < 1:
+            raise ValueError("context_rank and pool must be at least 1")
+        if not 0 < self.decay <= 1:
+            raise ValueError("decay must be in (0, 1]")
+
+
+class SlotDrafter(TrainableDrafter):
+    """One parallel pass gives N slot distributions over the kept tokens and the blank, if there is one.
+
+    With label context the distribution of a slot depends on the last emitted token u:
+    logits_i(. | u) = W (z_i + U silu(D e_u)), W being the target's LM head with a row for the blank, e_u the token's
+    embedding, D and U of rank `context_rank`.
+    """
+
+    config: Any
+
+    def __init__(self, config: Any, target: Target, *, blank: bool, context: bool) -> None:
+        super().__init__(config, target)
+        width = target.hidden_size
+        config.hidden_size = config.hidden_size or width
+        self.feature_layers = tuple(config.feature_layers)
+        self.module: Any = HeadsModule(width, config.slots) if config.module == "heads" else _attention(config, target)
+        self.has_blank, self.has_context = blank, context
+        if blank:
+            self.blank = nn.Parameter(torch.zeros(1, width))
+        self.keep_tokens(config.vocabulary)
+        self._ready: Any = None
+        if context:
+            self.context_down = nn.Linear(width, config.context_rank, bias=False)
+            self.context_up = nn.Linear(config.context_rank, width, bias=False)
+            nn.init.zeros_(self.context_up.weight)
+
+    @property
+    def proposed_tokens(self) -> int:
+        return int(self.config.labels)
+
+    @property
+    def proposed_labels(self) -> int:
+        return int(self.config.labels)
+
+    # ------------------------------------------------------------ distributions
+
+    def head_rows(self) -> torch.Tensor:
+        """The target's LM head on the kept tokens, and the blank row if there is one: (C, width)."""
+        return torch.cat([self.kept_head(), self.blank]) if self.has_blank else self.kept_head()
+
+    def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (...) -> what they say to the next slot, (..., rank)."""
+        embedded = self.target.embedding(tokens)
+        return F.silu(self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)))
+
+    def _context_value(self) -> torch.Tensor:
+        """How each kept token (and the blank) answers to a context key, (C, rank): the LM head seen through U."""
+        return self.head_rows() @ self.context_up.weight
+
+    # ------------------------------------------------------------ inference
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        super().prepare()
+        head = linear_of(self.head_rows())
+        vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
+        tables = (self._context_key(vocabulary), self._padded(self._context_value())) if self.has_context else None
+        self._ready = (head, tables)
+        packed = PackedLinears([head, *(m for m in self.module.modules() if type(m) is nn.Linear)])
+        packed.prepare(self.config.slots)
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """With a row for the blank, whether or not there is one."""
+        return rows if self.has_blank else F.pad(rows, (0, 0, 0, 1))
+
+    def start(self, capacity: int) -> None:
+        self.module.start(capacity, self.target.embedding.weight)
+
+    def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
+        context = self.module.context(features, self.target.embedding(next_tokens))
+        head, _ = self._ready
+        logits: torch.Tensor = head(self.module.step(context))
+        if not self.has_blank:
+            logits = F.pad(logits, (0, 1), value=-torch.inf)
+        return logits, next_tokens[:, -1:]
+
+    def tree(self, guess: tuple[torch.Tensor, torch.Tensor], budget: int) -> DraftTree:
+        return self.prefix_tree(*guess, budget)
+
+    def prefix_tree(self, logits: torch.Tensor, root: torch.Tensor, budget: int, merge: bool = False) -> DraftTree:
+        """The best tree for slot logits (1, N, K + 1) after the root (1, 1)."""
+        if budget == 0:
+            return DraftTree.empty(1, logits.device)
+        logits = logits.float()
+        rows = pool_tokens(logits, min(max(self.config.pool, budget), len(self.kept)))
+        pool = self.kept[rows]
+        context = None
+        if self.has_context:
+            _, (keys, values) = self._ready
+            blank = torch.full_like(root, len(self.kept))
+            context = keys[torch.cat([pool, root], 1)], values[torch.cat([rows, blank], 1)]
+        lattice = replace(pool_lattice(logits, rows, context, merge), pool=pool)
+        return best_tree(lattice, budget, self.config.labels)
+
+    # ------------------------------------------------------------ training
+
+    def slot_logits(
+        self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B * A, N, C) of the slots at the anchors (B, A), and the root tokens (B * A,)."""
+        context = self.module.context(features[:, :-1], self.target.embedding(token_ids[:, 1:]))
+        slots = self.module(context, anchors).flatten(0, 1)
+        logits = F.linear(slots, self.head_rows()).float()
+        return logits, token_ids.gather(1, anchors + 1).flatten()
+
+    def label_rows(self, labels: torch.Tensor, ignore: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """labels (B, A, L) -> ids and places among the kept tokens, both (B * A, L), and usable lengths (B * A,).
+
+        A label counts up to the first token that is `ignore` or cannot be drafted.
+        """
+        labels = labels.flatten(0, 1)
+        valid = labels != ignore
+        labels = labels.clamp_min(0)
+        rows = self.place[labels]
+        lengths = (valid & (rows >= 0)).cumprod(-1).sum(-1)
+        return labels, rows.clamp_min(0), lengths
+
+
+def _attention(config: Any, target: Target) -> DraftModule:
+    width = target.hidden_size
+    config.intermediate_size = config.intermediate_size or 2 * width
+    config.heads = config.heads or max(1, width // 64)
+    config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
+    if width % config.heads or width // config.heads % 2 or config.heads % config.kv_heads:
+        raise UserError(
+            f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: "
+            "heads must divide the width into parts of even size, and kv_heads must divide heads."
+        )
+    return DraftModule(
+        width,
+        config.intermediate_size,
+        config.heads,
+        config.kv_heads,
+        config.layers,
+        config.slots,
+        len(config.feature_layers),
+        target.max_context,
+    )
+
+
+def expected_acceptance(
+    prefix_log_probs: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weights (A,) of anchors that have a usable label, and the metrics of log P(prefix k), (A, L)."""
+    counted = torch.arange(prefix_log_probs.shape[1], device=lengths.device) < lengths[:, None]
+    accepted = prefix_log_probs.detach().exp() * counted
+    return lengths > 0, {"expected_accepted": accepted.sum(-1).mean(), "first": accepted[:, 0].mean()}
