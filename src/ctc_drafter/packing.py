@@ -35,8 +35,10 @@ class PackedLinears:
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
+        if rows > MAX_ROWS or (rows == 1 and not low_precision):
+            return
         rows = ANY if low_precision else rows
-        if rows in self._rows or rows > MAX_ROWS or rows == 1:
+        if rows in self._rows:
             return
         if self._bytes_each > MAX_BYTES:
             return
