@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ctc_drafter.drafters import CTCConfig, CTCDrafter
+from ctc_drafter.drafters import DRAFTERS
 from ctc_drafter.target import Target
 from ctc_drafter.training.tokenizer import train_tokenizer
 
@@ -47,10 +48,13 @@ def build_target(folder: Path, seed: int = 0, chat: bool = True) -> Path:
     return folder
 
 
-def build_drafter(folder: Path, target: Target, **config: object) -> Path:
-    """Write a CTC drafter with random weights for `target`."""
+def build_drafter(folder: Path, target: Target, kind: str = "ctc", **config: object) -> Path:
+    """Write a drafter with random weights for `target`."""
     torch.manual_seed(1)
-    CTCDrafter(CTCConfig(slots=5, labels=4, **config), target).save_pretrained(folder)  # type: ignore[arg-type]
+    cls: Any = DRAFTERS[kind]
+    if kind == "ctc":
+        config = {"slots": 5, "labels": 4, **config}
+    cls(cls.config_class(**config), target).save_pretrained(folder)
     return folder
 
 

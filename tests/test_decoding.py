@@ -69,14 +69,27 @@ def test_any_drafter(build: Build, budget: int, target: Target, prompt: list[int
         {"layers": 2, "feature_layers": [1, -1]},
         {"topology": "merge"},
         {"topology": "merge", "tree": "paths"},
+        {"topology": "merge", "tree": "slots", "module": "heads"},
+        {"kind": "medusa"},
+        {"kind": "parallel"},
+        {"kind": "parallel", "label_context": True},
     ],
 )
-def test_untrained_ctc_drafter(
+def test_untrained_drafters(
     config: dict[str, object], budget: int, target: Target, prompt: list[int], answer: list[int], tmp_path: Path
 ) -> None:
     drafter = load_drafter(str(build_drafter(tmp_path / "d", target, **config)), target)
     out, steps = run(target, drafter, prompt, TOKENS, budget=budget)
     assert out == answer
+    assert {s.drafted for s in steps[1:]} == {budget}
+
+
+@pytest.mark.parametrize("budget", [1, 5, 16])
+def test_lookup(budget: int, target: Target, prompt: list[int]) -> None:
+    """On a text that repeats itself its guesses are accepted; the answer is the same anyway."""
+    text = (prompt * 4)[: CONTEXT - TOKENS - 1]
+    out, steps = run(target, load_drafter("lookup", target), text, TOKENS, budget=budget)
+    assert out == plain(target, text, TOKENS)
     assert {s.drafted for s in steps[1:]} == {budget}
 
 
