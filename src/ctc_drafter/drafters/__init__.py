@@ -8,6 +8,8 @@ from ..errors import UserError
 from ..target import EMBEDDED, Target
 from .base import DRAFTERS, Drafter, TrainableDrafter, load_trainable, register
 from .ctc import CTCConfig, CTCDrafter
+from .eagle import EagleConfig, EagleDrafter
+from .hydra import HydraConfig, HydraDrafter
 from .lookup import LookupDrafter
 from .medusa import MedusaConfig, MedusaDrafter
 from .none import NoDrafter
@@ -18,6 +20,10 @@ __all__ = [
     "CTCConfig",
     "CTCDrafter",
     "Drafter",
+    "EagleConfig",
+    "EagleDrafter",
+    "HydraConfig",
+    "HydraDrafter",
     "LookupDrafter",
     "MedusaConfig",
     "MedusaDrafter",

@@ -8,6 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import UserError
+
+
+def fit_shape(config: Any, width: int) -> None:
+    """Fill in what a config leaves open (0): `intermediate_size`, `heads`, `kv_heads`. Raises UserError for a misfit."""
+    config.intermediate_size = config.intermediate_size or 2 * width
+    config.heads = config.heads or max(1, width // 64)
+    config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
+    if width % config.heads or width // config.heads % 2 or config.heads % config.kv_heads:
+        raise UserError(
+            f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: "
+            "heads must divide the width into parts of even size, and kv_heads must divide heads."
+        )
+
 
 def rope_table(positions: int, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each (positions, dim), of rotary position embedding (Su et al. 2021), half-rotation layout."""

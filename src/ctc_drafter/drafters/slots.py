@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import UserError
 from ..lattice.pool import pool_lattice, pool_tokens
 from ..lattice.prefix import best_tree
 from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
-from .attention import DraftModule
+from .attention import DraftModule, fit_shape
 from .base import TrainableDrafter, linear_of
 from .heads import HeadsModule
 
@@ -183,14 +182,7 @@ class SlotDrafter(TrainableDrafter):
 
 def _attention(config: Any, target: Target) -> DraftModule:
     width = target.hidden_size
-    config.intermediate_size = config.intermediate_size or 2 * width
-    config.heads = config.heads or max(1, width // 64)
-    config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)
-    if width % config.heads or width // config.heads % 2 or config.heads % config.kv_heads:
-        raise UserError(
-            f"A drafter of width {width} cannot have {config.heads} heads with {config.kv_heads} kv_heads: "
-            "heads must divide the width into parts of even size, and kv_heads must divide heads."
-        )
+    fit_shape(config, width)
     return DraftModule(
         width,
         config.intermediate_size,

@@ -53,10 +53,10 @@ class _Row:
 
     def __init__(self, lattice: Lattice, row: int) -> None:
         self.merge, self.size = lattice.merge, lattice.pool.shape[1]
-        self.probs: Any = lattice.logits[row].detach().softmax(-1).numpy()  # (N, C)
+        self.probs: Any = lattice.logits[row].detach().softmax(-1).cpu().numpy()  # (N, C)
         self.labels, self.blank = self.probs[:, : self.size], self.probs[:, self.size]
-        self.keys: Any = None if lattice.keys is None else lattice.keys[row].detach().numpy()
-        self.values: Any = None if lattice.values is None else lattice.values[row].detach().T.contiguous().numpy()
+        self.keys: Any = None if lattice.keys is None else lattice.keys[row].detach().cpu().numpy()
+        self.values: Any = None if lattice.values is None else lattice.values[row].detach().T.contiguous().cpu().numpy()
         self.start = [1.0] + [0.0] * len(self.probs)
 
 
