@@ -33,15 +33,11 @@ check: lint type test
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
 embedded: $(STAMP)
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target runs/embedded/packages -r recipes/python_functions.txt
-	$(BIN)/python -W ignore recipes/python_functions.py runs/embedded/packages runs/embedded/functions.jsonl
-	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-1.yaml
-	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-2.yaml
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
-	cp runs/embedded/target-1/pretrain.json src/ctc_drafter/embedded/target/pretrain-1.json
 	$(BIN)/python benchmarks/model_card.py src/ctc_drafter/embedded
 
 # The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=src PYTHONUNBUFFERED=1
 run() { python3 -m ctc_drafter "$@"; }
 work=runs/gpu; mkdir -p "$work"
-for recipe in embedded-target-1 embedded-distill embedded-ctc paper; do
+for recipe in embedded-target embedded-distill embedded-ctc paper; do
   sed "s#data/#$data/#g; s#runs/embedded#$work#g" "recipes/$recipe.yaml" > "$work/$recipe.yaml"
 done
 # A GPU affords more: the whole corpus several times over, and every distilled prompt.
@@ -15,9 +15,9 @@ printf 'steps: %s\ndecay: %s\nbatch: 48\n' "${STEPS:-12000}" "${DECAY:-4000}" > 
 python3 - "$work" <<'PY'
 import sys, yaml, pathlib
 work = pathlib.Path(sys.argv[1])
-recipe = yaml.safe_load((work / "embedded-target-1.yaml").read_text())
+recipe = yaml.safe_load((work / "embedded-target.yaml").read_text())
 recipe.update(yaml.safe_load((work / "override").read_text()))
-(work / "embedded-target.yaml").write_text(yaml.safe_dump({**recipe, "output": str(work / "target")}))
+(work / "embedded-target.yaml").write_text(yaml.safe_dump(recipe))
 distill = yaml.safe_load((work / "embedded-distill.yaml").read_text())
 distill.update(limit=0, mixture={})
 (work / "embedded-distill.yaml").write_text(yaml.safe_dump(distill))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 CARD = """# The embedded models
 
@@ -18,7 +17,7 @@ everything in this package can be run offline. The target has seen few tokens fo
 (worked sums, lists, explanations of code), mostly in whole sentences, often wrong, now and then with words that do not exist. Do
 not ask it for facts, and read figures measured on it as figures of the method and the engine, not of a useful model.
 
-Made again by `make embedded` (recipes: `recipes/embedded-target-1.yaml`, `embedded-target-2.yaml`, `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
+Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
 Weights are safetensors in bfloat16; licence Apache-2.0.
 
 ## Data
@@ -34,17 +33,18 @@ Weights are safetensors in bfloat16; licence Apache-2.0.
 | allenai/WildBench: model answers | Apache-2.0 |
 | MicrosoftDocs/cpp-docs | CC-BY-4.0 |
 | python/peps | public domain or CC0 |
-| functions of boltons, networkx, numpy, pandas, scikit-learn, scipy, sympy, toolz (`recipes/python_functions.py`) | BSD-3-Clause |
-| functions of more-itertools; of nltk | MIT; Apache-2.0 |
 
 Rows that share 13 consecutive words with a prompt of MT-bench, GSM8K (test), HumanEval or Spec-Bench were dropped. One prompt in a
 hundred, with all its answers, was held out. The drafters were trained on the target's own greedy answers to prompts of this corpus.
 
 ## Target: loss in nats per token
 
-{stages}
+| step | training | held-out |
+| --- | --- | --- |
+{losses}
 
-The held-out rows hold every source alike; the second part trains on less of the reference text, so its held-out loss is not the first part's.
+Then {unlikelihood} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
+greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}. Held-out loss of the shipped weights: {final:.3f}.
 
 ## Drafters: held-out figures while training
 
@@ -54,34 +54,10 @@ The held-out rows hold every source alike; the second part trains on less of the
 """
 
 
-STAGE = """{part} part:
-
-| step | training | held-out |
-| --- | --- | --- |
-{losses}
-
-Then {steps} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
-greedy answers to training prompts from {before:.0%} to {after:.0%}. Held-out loss at its end: {final:.3f}."""
-
-
-def stage(part: str, run: dict[str, Any]) -> str:
-    """The text of one training run."""
-    every = max(1, len(run["history"]) // 10)
-    rows = [r for i, r in enumerate(run["history"], 1) if i % every == 0 or i == len(run["history"])]
-    return STAGE.format(
-        part=part,
-        losses="\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in rows),
-        steps=len(run["unlikelihood"]) * 10,
-        before=run["unlikelihood"][0]["looped"],
-        after=run["unlikelihood"][-1]["looped"],
-        final=run["held_out_loss"],
-    )
-
-
 def main(folder: Path) -> None:
     config = json.loads((folder / "target" / "config.json").read_text())
-    runs = [json.loads((folder / "target" / name).read_text()) for name in ("pretrain-1.json", "pretrain.json")]
-    stages = "\n\n".join(stage(part, run) for part, run in zip(("First", "Second"), runs))
+    run = json.loads((folder / "target" / "pretrain.json").read_text())
+    losses = "\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"])
     width, inner = config["hidden_size"], config["intermediate_size"]
     kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
@@ -104,8 +80,12 @@ def main(folder: Path) -> None:
         width=width,
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
-        tokens=sum(run["tokens"] for run in runs),
-        stages=stages,
+        tokens=run["tokens"],
+        losses=losses,
+        unlikelihood=len(run["unlikelihood"]) * 10,
+        loops_before=run["unlikelihood"][0]["looped"],
+        loops_after=run["unlikelihood"][-1]["looped"],
+        final=run["held_out_loss"],
         drafters="\n\n".join(drafters),
         labels=labels,
     )
