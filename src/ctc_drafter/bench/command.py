@@ -17,9 +17,9 @@ from ..drafters import load_drafter
 from ..errors import UserError
 from ..target import Target
 from .measure import Contender, Result, Row, measure, totals
-from .prompts import read_prompts
 from .report import number, print_report, report_console
 from .results import check_output, document, write_json
+from .suites import load_prompts
 
 LOG_SECONDS = 60
 
@@ -37,11 +37,11 @@ def run_bench(
     **options: Any,
 ) -> None:
     """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end."""
-    prompts = read_prompts(prompt_files, limit)
     pairs = [(name, budget) for name in dict.fromkeys(drafters) for budget in dict.fromkeys(budgets)]
     outputs = output_files(output, pairs)
     for path in outputs:
         check_output(path, overwrite)
+    prompts = load_prompts(prompt_files, limit)
     target = load_target()
     loaded = {name: load_drafter(name, target) for name in dict.fromkeys(drafters)}
     contenders = [Contender(loaded[name].name, loaded[name], budget) for name, budget in pairs]

@@ -29,7 +29,7 @@ def read_prompts(paths: Iterable[str | Path], limit: int | None = None) -> list[
         for line, row in read_jsonl(path):
             if limit is not None and len(found) >= limit:
                 break
-            found.append(_prompt(row, Path(path), line))
+            found.append(prompt_of(row, f"{path}, line {line}", Path(path).name.split(".")[0], line))
         if not found:
             raise UserError(f"File '{path}' holds no prompts; each line must be an object with a list 'turns'.")
         prompts += found
@@ -42,14 +42,14 @@ def demo_prompts(limit: int | None = None) -> list[Prompt]:
         return read_prompts([path], limit)
 
 
-def _prompt(row: dict[str, Any], path: Path, line: int) -> Prompt:
-    where = f"{path}, line {line}"
+def prompt_of(row: dict[str, Any], where: str, category: str, name: str | int) -> Prompt:
+    """A row checked; `where` names it in errors, `category` and `name` are its defaults."""
     turns = row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise UserError(f"{where}: 'turns' must be a non-empty list of strings.")
     if not all(turn.strip() for turn in turns):
         raise UserError(f"{where}: a turn is empty; remove the line or fill it in.")
-    name, category = row.get("id", line), row.get("category", path.name.split(".")[0])
+    name, category = row.get("id", name), row.get("category", category)
     if isinstance(name, bool) or not isinstance(name, (str, int)) or not isinstance(category, str):
         raise UserError(f"{where}: 'id' must be a string or a number and 'category' a string.")
     return Prompt(name, category, tuple(turns))

@@ -24,6 +24,19 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     return "-" if value is None else f"{value:,.{digits}f}{unit}"
 
 
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share of 1 in per cent, or a dash."""
+    return number(None if value is None else 100 * value, digits, "%")
+
+
+def size(parameters: int) -> str:
+    """A number of parameters as people say it."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f} {name}"
+    return str(parameters)
+
+
 def share(part: int | None, whole: int) -> str:
     """`n of m`, green when all; a dash for sampled answers, which cannot be compared token by token."""
     if part is None:
@@ -61,10 +74,12 @@ def print_report(console: Console, results: Sequence[Result]) -> None:
 
 
 def totals_table(results: Sequence[Result]) -> Table:
-    """One line per contender."""
-    table = _table("drafter", "budget", "tau", "tokens/s", "plain", "speedup", "efficiency", "identical", "looped")
+    """One line per contender, in the order given; the draft share is that of a step's time."""
+    columns = ("budget", "params", "tau", "tokens/s", "plain", "speedup", "efficiency", "identical", "looped")
+    table = _table("drafter", *columns, "draft share")
     for result in results:
-        table.add_row(*_line([result.name, str(result.budget)], result.totals))
+        first = [result.name, str(result.budget), size(result.parameters)]
+        table.add_row(*_line(first, result.totals), percent(result.totals["split"]["draft"]))
     return table
 
 
@@ -85,7 +100,7 @@ def acceptance_table(results: Sequence[Result]) -> Table:
     table = _table("acceptance at", *(str(k) for k in range(1, shown + 1)))
     for result in results:
         rates = result.totals["acceptance_at"][:shown]
-        table.add_row(_label(result), *(number(100 * rate, 1, "%") for rate in rates), *["-"] * (shown - len(rates)))
+        table.add_row(_label(result), *(percent(rate, 1) for rate in rates), *["-"] * (shown - len(rates)))
     return table
 
 
@@ -94,8 +109,8 @@ def split_table(results: Sequence[Result]) -> Table:
     table = _table("time of a step", *PHASES, "microseconds")
     for result in results:
         split = result.totals["split"]
-        shares = (None if split[part] is None else 100 * split[part] for part in PHASES)
-        table.add_row(_label(result), *(number(s, 1, "%") for s in shares), number(split["microseconds"]["step"], 0))
+        shares = (percent(split[part], 1) for part in PHASES)
+        table.add_row(_label(result), *shares, number(split["microseconds"]["step"], 0))
     return table
 
 
