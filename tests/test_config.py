@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from typer.testing import CliRunner
 
+from ctc_drafter.cli import app
 from ctc_drafter.config import from_mapping, load_recipe
 from ctc_drafter.errors import UserError
 
@@ -99,6 +101,64 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(Recipe, tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        (["steps=9"], {"steps": 9}),
+        (["rate=1e-3", "fast=true", "limit=null", "kind=b"], {"rate": 0.001, "fast": True, "kind": "b"}),
+        (["files=[p, q]"], {"files": ["p", "q"]}),
+        (["mixture.s=2"], {"mixture": {"r": 1.0, "s": 2.0}}),
+        (["mixture={s: 1}"], {"mixture": {"s": 1.0}}),
+        (["inner.size=4"], {"inner": Inner(4)}),
+        (["steps=1", "steps=2"], {"steps": 2}),
+        (["name=a=b"], {"name": "a=b"}),
+    ],
+)
+def test_settings_win_over_all_else(settings: list[str], changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nsteps: 7\nmixture: {r: 1}")
+    want = {"name": "x", "steps": 8, "mixture": {"r": 1.0}, **changes}
+    assert load_recipe(Recipe, path, {"steps": 8}, settings) == Recipe(**want)
+
+
+def test_a_setting_can_give_a_required_key() -> None:
+    assert load_recipe(Recipe, None, {}, ["name=x"]) == Recipe("x")
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ("colour=red", "unknown key 'colour'.*known keys are .*steps"),
+        ("inner.sice=3", "unknown key 'sice'"),
+        ("steps=many", "steps must be of type int"),
+        ("steps.x=1", "steps must be of type int"),
+        ("name.x=1", "name must be of type str"),
+        ("steps", "'steps': expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("inner.=3", "expected KEY=VALUE"),
+        ("files=[p", "not YAML"),
+    ],
+)
+def test_settings_that_cannot_be(setting: str, match: str) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        load_recipe(Recipe, None, {"name": "x"}, [setting])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "pretrain"])
+def test_the_commands_refuse_unknown_settings_before_any_work(command: str) -> None:
+    options = ["--set", "output=x", "--set", "data=[]", "--set", "prompts=[]"]
+    own = options[:2] + (options[4:] if command == "distill" else options[2:4])
+    result = CliRunner().invoke(app, [command, *own, "--set", "colour=red"])
+    assert result.exit_code == 2 and result.stdout == "" and "unknown key 'colour'" in result.stderr
+
+
+def test_the_drafters_own_keys_are_settings_too() -> None:
+    given = ["--set", "output=x", "--set", "data=[]", "--set", "target=nowhere"]
+    result = CliRunner().invoke(app, ["train", *given, "--dry-run", "--set", "drafter.layrs=2"])
+    assert result.exit_code == 2 and result.stdout == "" and "unknown key 'layrs'" in result.stderr
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("recipes/*.yaml")), ids=lambda p: p.name)

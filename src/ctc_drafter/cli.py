@@ -71,6 +71,10 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the firs
 Raw = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Recipe = Annotated[Path | None, typer.Option("--config", help="YAML recipe; the other options win over it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any value of the recipe, e.g. drafter.layers=2; repeatable."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -175,14 +179,20 @@ def generate(
 
 @command
 def bench(
-    prompts: Annotated[list[Path], typer.Option("--prompts", help='JSONL of {"id","category","turns"}; repeatable.')],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            "--prompts",
+            help='JSONL of {"id","category","turns"}, or mt-bench, gsm8k, humaneval, spec-bench; may be repeated.',
+        ),
+    ],
     json: Annotated[
         Path | None, typer.Option("--json", help="Result file; one per drafter and budget if several.")
     ] = None,
     target: TargetName = None,
-    drafter: Annotated[list[str] | None, typer.Option("--drafter", help="As for generate; repeatable.")] = None,
+    drafter: Annotated[list[str] | None, typer.Option("--drafter", help="As for generate; may be repeated.")] = None,
     budget: Annotated[
-        list[int] | None, typer.Option("--budget", min=1, help="Draft nodes per step; repeatable.")
+        list[int] | None, typer.Option("--budget", min=1, help="Draft nodes per step; may be repeated.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     limit: Limit = None,
@@ -204,7 +214,10 @@ def bench(
     threads: Threads = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure drafters against plain decoding on prompt files, interleaved prompt by prompt."""
+    """Measure drafters against plain decoding on prompt files, interleaved prompt by prompt.
+
+    --drafter and --budget may be repeated: every drafter is measured with every budget, in one run.
+    """
     arguments = dict(locals())
     sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     from .bench.command import run_bench
@@ -228,6 +241,39 @@ def bench(
 
 
 @command
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files of `bench`.", metavar="RESULT.json")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for report.md and the figures.")],
+    history: Annotated[
+        list[Path] | None, typer.Option("--history", help="<drafter>.history.json of `train`; may be repeated.")
+    ] = None,
+    drafter_folder: Annotated[
+        list[Path] | None, typer.Option("--drafter-folder", help="Drafter whose training to tell; may be repeated.")
+    ] = None,
+    figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw them, or write text alone.")] = True,
+    format: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Put files side by side that were not measured alike, and say so.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
+) -> None:
+    """Turn result files into one Markdown page with tables and figures."""
+    from .bench.markdown import run_report
+
+    path = run_report(
+        results,
+        histories=history or [],
+        drafter_folders=drafter_folder or [],
+        output=output,
+        figures=figures,
+        format=format,
+        allow_mixed=allow_mixed,
+        overwrite=overwrite,
+    )
+    print(f"Report: {path}")
+
+
+@command
 def distill(
     config: Recipe = None,
     target: TargetName = None,
@@ -239,6 +285,21 @@ def distill(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Answers generated at once.")] = None,
     limit: Limit = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="JSONL of prompts not to use; repeatable.")
+    ] = None,
+    api_base: Annotated[
+        str | None, typer.Option("--api-base", help="Ask this OpenAI-compatible server, http://host:port/v1.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", help="Environment variable with the server's key.")
+    ] = None,
+    api_model: Annotated[str | None, typer.Option("--api-model", help="The target's name at the server.")] = None,
+    api_chat: Annotated[
+        bool | None, typer.Option("--api-chat/--api-tokens", help="Send messages, or (default) token ids.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Requests at once.")] = None,
+    settings: Settings = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the target's own answers to prompts: what drafters are trained on."""
@@ -247,8 +308,11 @@ def distill(
     from .training.distill import distill as run
 
     given: dict[str, Any] = {"target": target, "prompts": prompts, "output": output, "max_new_tokens": max_new_tokens}
-    given |= {"batch": batch, "limit": limit, "temperature": temperature, "trust_remote_code": trust_remote_code}
-    print(f"Answers: {run(load_recipe(DistillConfig, config, given))}")
+    given |= {"batch": batch, "limit": limit, "temperature": temperature}
+    given |= {"trust_remote_code": trust_remote_code or None}
+    given |= {"exclude": exclude, "api_base": api_base, "api_key_env": api_key_env, "api_model": api_model}
+    given |= {"api_chat": api_chat, "concurrency": concurrency}
+    print(f"Answers: {run(load_recipe(DistillConfig, config, given, settings))}")
 
 
 @command
@@ -258,27 +322,55 @@ def train(
     output: Annotated[str | None, typer.Option("--output", help="Drafter folder to write; a rerun resumes it.")] = None,
     target: TargetName = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and sizes, and stop.")] = False,
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved plan, sizes and an estimate, and stop.")
+    ] = False,
+    wandb: Annotated[bool, typer.Option("--wandb", help="Send the curves to Weights & Biases.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train a drafter for a target."""
+    """Train a drafter for a target; on several devices: torchrun --nproc_per_node N -m ctc_drafter train ..."""
     from .config import load_recipe
-    from .training.trainer import TrainConfig
+    from .training.trainer import TrainConfig, check
     from .training.trainer import train as run
 
     given: dict[str, Any] = {"data": data, "output": output, "target": target, "steps": steps}
-    recipe = load_recipe(TrainConfig, config, {**given, "trust_remote_code": trust_remote_code})
-    if dry_run:
+    given |= {"trust_remote_code": trust_remote_code or None}
+    recipe = load_recipe(TrainConfig, config, given, settings)
+    check(recipe)
+    first = os.environ.get("RANK", "0") == "0"
+    if dry_run and first:
         _print_recipe(recipe)
-    folder = run(recipe, dry_run=dry_run)
-    if not dry_run:
+    folder = run(recipe, dry_run=dry_run, wandb=wandb)
+    if not dry_run and first:
         print(f"Drafter: {folder}")
+
+
+@command
+def cache_features(
+    config: Recipe = None,
+    output: Annotated[str | None, typer.Option("--output", help="Folder to write; a rerun continues it.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also if it takes more than half of the free disk.")] = False,
+    settings: Settings = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Run the target once over the data of a train recipe and keep what drafters read: `features` of the recipe."""
+    from .config import load_recipe
+    from .training.features import cache_features as run
+    from .training.trainer import TrainConfig
+
+    recipe = load_recipe(TrainConfig, config, {"trust_remote_code": trust_remote_code or None}, settings)
+    folder = output or recipe.features
+    if not folder:
+        raise UserError("Name the folder to write with --output, or as `features` in the recipe.")
+    print(f"Features: {run(recipe, folder, yes=yes)}")
 
 
 @command
 def pretrain(
     config: Recipe = None,
     output: Annotated[str | None, typer.Option("--output", help="Model folder to write; a rerun resumes it.")] = None,
+    settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a small target from scratch, as the embedded one was."""
@@ -286,7 +378,7 @@ def pretrain(
     from .training.pretrain import PretrainConfig
     from .training.pretrain import pretrain as run
 
-    recipe = load_recipe(PretrainConfig, config, {"output": output})
+    recipe = load_recipe(PretrainConfig, config, {"output": output}, settings)
     if dry_run:
         _print_recipe(recipe)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +16,16 @@ from .errors import UserError
 T = TypeVar("T")
 
 
-def load_recipe(cls: type[T], path: str | Path | None, overrides: dict[str, Any] | None = None) -> T:
-    """Read the YAML file `path` into dataclass `cls`; entries of `overrides` that are not None win.
+def load_recipe(
+    cls: type[T],
+    path: str | Path | None,
+    overrides: dict[str, Any] | None = None,
+    settings: Sequence[str] | None = None,
+) -> T:
+    """Read the YAML file `path` into dataclass `cls`; entries of `overrides` that are not None win over it.
 
-    Raises UserError for a missing file, broken YAML, an unknown key, a missing key or a value of the wrong type.
+    `settings`, such as `drafter.layers=2`, win over both. Raises UserError for a missing file, broken YAML, an unknown
+    key, a missing key or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -31,7 +38,29 @@ def load_recipe(cls: type[T], path: str | Path | None, overrides: dict[str, Any]
         if not isinstance(values, dict):
             raise UserError(f"Recipe '{path}' must be a mapping of keys to values.")
     values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+    for setting in settings or ():
+        _set(cls, values, setting)
     return from_mapping(cls, values, str(path or "command line"))
+
+
+def _set(cls: type, values: dict[str, Any], setting: str) -> None:
+    """Put one KEY=VALUE into `values`; dots in the key lead into mappings, the value is YAML."""
+    key, equals, text = setting.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"--set '{setting}': expected KEY=VALUE, for instance steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set '{setting}': the value is not YAML ({' '.join(str(error).split())}).") from None
+    known = sorted(f.name for f in dataclasses.fields(cls))
+    if path[0] not in known:
+        raise UserError(f"--set: unknown key '{path[0]}'; known keys are {', '.join(known)}.")
+    for name in path[:-1]:
+        inner = values.get(name)
+        values[name] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[name]
+    values[path[-1]] = value
 
 
 def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:

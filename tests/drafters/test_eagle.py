@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rollout import batch_for, lively, path_to
 
 from ctc_drafter.drafters import EagleConfig, EagleDrafter, eagle
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
+from test_rollout import batch_for, lively, path_to
 
 KINDS: dict[str, dict[str, Any]] = {
     "one head": {},

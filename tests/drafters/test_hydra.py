@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rollout import batch_for, lively, path_to
 
 from ctc_drafter.drafters import HydraConfig, HydraDrafter
 from ctc_drafter.target import Target
+from test_rollout import batch_for, lively, path_to
 
 KINDS: dict[str, dict[str, Any]] = {"one block": {}, "two blocks, few tokens": {"layers": 2, "vocabulary": 90}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from ctc_drafter.errors import UserError
-from ctc_drafter.training.data import chat_ids, copies, example_key, prompt_ids, read_jsonl
+from ctc_drafter.training.data import Exclusion, chat_ids, copies, example_key, prompt_ids, read_jsonl
 from helpers import tokenizer
 
 WRITERS: dict[str, Callable[[Path, bytes], Any]] = {
@@ -152,3 +153,55 @@ def test_copies_meet_their_rate() -> None:
         counts = [copies(r, rate) for r in rows]
         assert set(counts) <= {int(rate), int(rate) + 1}
         assert sum(counts) / len(rows) == pytest.approx(rate, abs=0.05)
+
+
+# ---------------------------------------------------------------- exclusion
+
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+
+
+def chat(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * len(texts)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
+
+
+@pytest.fixture
+def exclusion(tmp_path: Path) -> Exclusion:
+    path = tmp_path / "eval.jsonl"
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"turns": [LONG, "Why?"]}, {"turns": ["What is  2+2?"]}, {"turns": ["Tell a joke.", LONG]}]
+    rows += [{"messages": [system, *chat("Who are you?", "Nobody.")["messages"]]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Exclusion([path])
+
+
+@pytest.mark.parametrize(
+    ("row", "dropped"),
+    [
+        ({"text": f"Before. {LONG.upper()} after."}, True),
+        (chat("Hello", f"He said: {LONG.replace(' ', chr(10))}"), True),
+        ({"text": " ".join(LONG.split()[:12])}, False),  # only twelve words, and not the whole prompt
+        (chat("what is 2+2?", "4"), True),
+        (chat("Hi", "Hello", "WHAT IS\n2+2?", "4"), True),
+        ({"text": "What is 2+2?"}, True),
+        ({"text": "What is 2+2? It is 4."}, False),
+        (chat("Please: what is 2+2?", "4"), False),
+        (chat("2+2", "What is 2+2?"), False),  # the answer is no question
+        (chat("Tell a joke.", "No."), True),  # the first of several turns
+        (chat("Why?", "Because."), False),  # a later one, which anybody may ask
+        (chat("Who are you?", "A model."), True),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *chat("Hi", "Hi")["messages"]]}, False),
+    ],
+)
+def test_excluded_prompts(row: dict[str, Any], dropped: bool, exclusion: Exclusion) -> None:
+    assert exclusion.dropped_by(row) is dropped
+
+
+def test_no_exclusion_drops_nothing() -> None:
+    assert not Exclusion([]).dropped_by({"text": ""}) and not Exclusion([]).dropped_by({"text": LONG})
+
+
+def test_exclusion_files_need_questions(tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text('{"turns": ["fine"]}\n{"text": "What?"}\n')
+    with pytest.raises(UserError, match="line 2: neither `turns` nor `messages`"):
+        Exclusion([tmp_path / "eval.jsonl"])

@@ -95,6 +95,17 @@ def test_mixture_and_limit(recipe: DistillConfig, tmp_path: Path) -> None:
     assert len(rows_of(distill(replace(recipe, limit=5, output=str(tmp_path / "five"))))) == 5
 
 
+def test_excluded_prompts_are_left_out(
+    recipe: DistillConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {r["id"] for r in rows_of(distill(recipe))}
+    (tmp_path / "eval.jsonl").write_text('{"turns": ["question  0"]}\n{"turns": ["ho"]}\n{"turns": ["hi ho"]}\n')
+    exclude = [str(tmp_path / "eval.jsonl")]
+    rows = rows_of(distill(replace(recipe, exclude=exclude, output=str(tmp_path / "clean"))))
+    assert len(rows) == 40 and {r["id"] for r in rows} < asked
+    assert "2 prompts dropped for an overlap with 1 prompt files" in capsys.readouterr().out
+
+
 def test_long_prompts_are_left_out(recipe: DistillConfig, target: Target) -> None:
     assert all(len(r["prompt_ids"]) <= 14 for r in rows_of(distill(replace(recipe, max_prompt_tokens=14))))
     with pytest.raises(UserError, match="No usable prompt"):

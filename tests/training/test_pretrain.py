@@ -160,6 +160,20 @@ def test_evaluation_prompts_are_dropped(recipe: PretrainConfig, data: Path, tmp_
     assert sum(t in text for t in others) > 150
 
 
+def test_short_evaluation_prompts_are_dropped(
+    recipe: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer words than the overlap takes: dropped where the whole prompt is the same."""
+    questions = [r["messages"][0]["content"] for r in corpus() if "messages" in r]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"turns": [q.upper()]}) + "\n" for q in questions[5:8]))
+    folder = pretrain(replace(recipe, steps=1, exclude=[str(tmp_path / "eval.jsonl")]))
+    assert "3 training rows dropped" in capsys.readouterr().out
+    blocks = load_file(folder.with_name("model.work") / "blocks.safetensors")
+    target = Target.load(folder, device="cpu")
+    text = target.tokenizer.decode(torch.cat([b[:, 0].flatten() for b in blocks.values()]).tolist())
+    assert not any(q in text for q in questions[5:8]) and sum(q in text for q in questions) > 80
+
+
 def test_chunked_loss_is_cross_entropy_with_z_loss() -> None:
     """Value and gradients, against autograd on the whole matrix."""
     torch.manual_seed(0)

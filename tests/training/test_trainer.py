@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -14,31 +15,32 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from conftest import TEXTS
-from ctc_drafter.drafters import load_drafter
+from ctc_drafter.drafters import DRAFTERS, load_drafter
+from ctc_drafter.drafters.base import TrainableDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
-from ctc_drafter.training import trainer
-from ctc_drafter.training.trainer import TrainConfig, _batch, _Sequence, make_problems, train
+from ctc_drafter.training import loop
+from ctc_drafter.training.problems import Sequence, batch_of, make_problems, split_problems
+from ctc_drafter.training.trainer import TrainConfig, train
+from small_run import small_recipe, weights, write_data
 
 # ---------------------------------------------------------------- problems
 
 
 @st.composite
-def sequences(draw: st.DrawFn) -> list[_Sequence]:
+def sequences(draw: st.DrawFn) -> list[Sequence]:
     out = []
     for _ in range(draw(st.integers(1, 4))):
         mask = draw(st.lists(st.integers(0, 1), min_size=1, max_size=12)) + [1, 1, 1]
         mask += draw(st.lists(st.integers(0, 1), max_size=12))
-        out.append(_Sequence(list(range(100, 100 + len(mask))), mask))
+        out.append(Sequence(list(range(100, 100 + len(mask))), mask))
     return out
 
 
 @settings(max_examples=150, deadline=None)
 @given(sequences(), st.integers(1, 20), st.integers(1, 5), st.integers(0, 99))
-def test_problems_are_what_they_say(rows: list[_Sequence], anchors: int, labels: int, seed: int) -> None:
+def test_problems_are_what_they_say(rows: list[Sequence], anchors: int, labels: int, seed: int) -> None:
     ids, where, what, possible = make_problems(rows, anchors, labels, torch.Generator().manual_seed(seed))
     assert ids.shape == (len(rows), max(len(r.ids) for r in rows))
     assert where.shape == (len(rows), anchors) and what.shape == (len(rows), anchors, labels)
@@ -56,20 +58,30 @@ def test_problems_are_what_they_say(rows: list[_Sequence], anchors: int, labels:
 
 
 def test_long_answers_repeat_no_anchor() -> None:
-    rows = [_Sequence(list(range(40)), [0] * 5 + [1] * 35), _Sequence(list(range(40)), [0] * 9 + [1] * 31)]
+    rows = [Sequence(list(range(40)), [0] * 5 + [1] * 35), Sequence(list(range(40)), [0] * 9 + [1] * 31)]
     _, where, _, _ = make_problems(rows, 25, 3, torch.Generator().manual_seed(0))
     assert all(len(set(row.tolist())) == 25 for row in where)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_parts_are_the_whole(parts: int) -> None:
+    rows = [Sequence(list(range(9 + i)), [0] + [1] * (8 + i)) for i in range(4)]
+    whole = make_problems(rows, 5, 3, torch.Generator().manual_seed(0))
+    split = split_problems(whole, parts)
+    assert [len(part[0]) for part in split] == [len(range(i, 4, parts)) for i in range(parts)]
+    for got, want in zip(zip(*split), whole):
+        assert sorted(t.tolist() for part in got for t in part) == sorted(t.tolist() for t in want)
+
+
 @pytest.mark.parametrize("count", [8, 50, 101])
 def test_every_epoch_uses_every_batch_once(count: int) -> None:
-    rows = [_Sequence([i] * (1 + i % 17), [1]) for i in range(count)]
+    rows = [Sequence([i] * (1 + i % 17), [1]) for i in range(count)]
     config = TrainConfig(data=[], output="", batch=2, seed=3)
     per_epoch = count // 2
     for epoch in range(3):
-        used = Counter(s.ids[0] for i in range(per_epoch) for s in _batch(rows, epoch * per_epoch + i, config))
+        used = Counter(s.ids[0] for i in range(per_epoch) for s in batch_of(rows, epoch * per_epoch + i, config))
         assert set(used.values()) == {1} and len(used) == 2 * per_epoch
-    assert _batch(rows, 5, config) == _batch(rows, 5, config)
+    assert batch_of(rows, 5, config) == batch_of(rows, 5, config)
 
 
 # ---------------------------------------------------------------- whole runs
@@ -77,41 +89,12 @@ def test_every_epoch_uses_every_batch_once(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def data(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Answers of both kinds: distilled rows and chats."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows: list[dict[str, Any]] = []
-    for i in range(24):
-        ids = target.tokenizer(TEXTS[i % 5])["input_ids"]
-        rows.append({"id": str(i), "prompt_ids": ids[: 2 + i % 3], "answer_ids": ids[2 + i % 3 :]})
-    for i in range(8):
-        messages = [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": TEXTS[i % 5]}]
-        rows.append({"messages": messages})
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+    return write_data(tmp_path_factory.mktemp("data") / "train.jsonl", target)
 
 
 @pytest.fixture
 def recipe(target_folder: Path, data: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        target=str(target_folder),
-        data=[str(data)],
-        output=str(tmp_path / "drafter"),
-        drafter={"slots": 4, "labels": 3, "context_rank": 8},
-        steps=6,
-        batch=4,
-        anchors=6,
-        warmup=2,
-        decay=3,
-        held_out=0.2,
-        checkpoint_every=3,
-        dtype="float32",
-        device="cpu",
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-    return tensors
+    return small_recipe(target_folder, data, tmp_path / "drafter")
 
 
 class Killed(BaseException):
@@ -120,14 +103,14 @@ class Killed(BaseException):
 
 def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die in the given step, like a process that is killed: nothing of that step is kept."""
-    real = trainer._batch
+    real = loop.batch_of
 
     def batch(sequences: Any, at: int, config: Any) -> Any:
         if at == step:
             raise Killed
         return real(sequences, at, config)
 
-    monkeypatch.setattr(trainer, "_batch", batch)
+    monkeypatch.setattr(loop, "batch_of", batch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -150,8 +133,6 @@ def test_resuming_changes_nothing(
     history = json.loads((resumed / "config.json").read_text())["training"]["history"]
     expected = json.loads((whole / "config.json").read_text())["training"]["history"]
     assert [row["step"] for row in history] == [3, 6]
-    for row in (*history, *expected):
-        del row["loss"]  # a running mean, which starts anew
     assert [{**row, "seconds": 0} for row in history] == [{**row, "seconds": 0} for row in expected]
     assert history[0]["seconds"] <= history[1]["seconds"]
 
@@ -166,6 +147,15 @@ def test_training_teaches(recipe: TrainConfig, target: Target) -> None:
     assert run["recipe"]["steps"] == 40 and {"torch", "transformers", "ctc_drafter"} <= run["versions"].keys()
 
 
+@pytest.mark.parametrize("kind", sorted(k for k, c in DRAFTERS.items() if issubclass(c, TrainableDrafter)))
+def test_every_kind_trains_and_resumes(kind: str, recipe: TrainConfig, target: Target) -> None:
+    recipe = replace(recipe, kind=kind, drafter={}, steps=2, checkpoint_every=2)
+    folder = train(recipe)
+    before = weights(folder)
+    assert all(torch.equal(value, before[name]) for name, value in weights(train(recipe)).items())
+    assert load_drafter(str(folder), target).num_parameters > 0
+
+
 def test_seed_decides_the_weights(recipe: TrainConfig, tmp_path: Path) -> None:
     one, other = (train(replace(recipe, output=str(tmp_path / str(s)), seed=s, steps=1)) for s in (1, 2))
     assert not torch.equal(weights(one)["module.fuse.weight"], weights(other)["module.fuse.weight"])
@@ -175,6 +165,20 @@ def test_dry_run_writes_nothing(recipe: TrainConfig, capsys: pytest.CaptureFixtu
     train(recipe, dry_run=True)
     assert "6 steps x 4 sequences x 6 anchors" in capsys.readouterr().err
     assert list(Path(recipe.output).parent.iterdir()) == []
+
+
+def test_estimate_is_what_the_run_does(recipe: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes on disk, sequences, passes of the target; and a time that is positive."""
+    train(replace(recipe, accumulate=2), dry_run=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "24 sequences" in said and "12 forward passes" in said
+    folder = train(replace(recipe, accumulate=2))
+    for words, file in (("drafter ([0-9.]+) MB", folder), ("state ([0-9.]+) MB", folder.with_name("drafter.state"))):
+        predicted = re.search(words, said)
+        stored = sum(f.stat().st_size for f in file.glob("*.safetensors")) / 1e6
+        assert predicted is not None and float(predicted[1]) == pytest.approx(stored, abs=0.06)
+    seconds = re.search(r"time ([0-9.e-]+) s a step", said)
+    assert seconds is not None and 0 < float(seconds[1]) < 60
 
 
 def refused(recipe: TrainConfig) -> str:

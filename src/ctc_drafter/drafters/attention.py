@@ -12,7 +12,7 @@ from ..errors import UserError
 
 
 def fit_shape(config: Any, width: int) -> None:
-    """Fill in what a config leaves open (0): `intermediate_size`, `heads`, `kv_heads`. Raises UserError for a misfit."""
+    """Fill in what a config leaves open: `intermediate_size`, `heads`, `kv_heads`. Raises UserError for a misfit."""
     config.intermediate_size = config.intermediate_size or 2 * width
     config.heads = config.heads or max(1, width // 64)
     config.kv_heads = config.kv_heads or next(g for g in (config.heads // 3, 1) if g and config.heads % g == 0)

@@ -148,6 +148,14 @@ class TrainableDrafter(Drafter):
         """Labels after the root that training looks at."""
         raise NotImplementedError
 
+    def loss_weight(self, anchors: torch.Tensor, labels: torch.Tensor, possible: torch.Tensor) -> float:
+        """Over how many things `train_loss` takes its mean; by it the parts of a batch are weighted.
+
+        Here the anchors whose first label can be drafted; a drafter whose loss is another mean says so.
+        """
+        first = labels[..., 0]
+        return float(((first != IGNORE) & (self.place[first.clamp_min(0)] >= 0)).sum())
+
     # ------------------------------------------------------------ vocabulary
 
     def keep_tokens(self, count: int) -> None:

@@ -296,6 +296,9 @@ class EagleDrafter(TrainableDrafter):
             loss = loss + self.config.ctc_weight * self._ctc_loss(predicted, token_ids, anchors, positions, head)
         return loss, self._metrics(pairs, predicted, anchors, labels, head, deep=not torch.is_grad_enabled())
 
+    def loss_weight(self, anchors: torch.Tensor, labels: torch.Tensor, possible: torch.Tensor) -> float:
+        return float(possible[:, :-1].sum())
+
     def _noisy(self, features: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """Features as a roll-out might predict them; the noise depends on the anchors, so that resuming repeats it."""
         if not (self.config.noise and torch.is_grad_enabled()):

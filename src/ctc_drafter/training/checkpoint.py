@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from ..files import write_folder, write_text
 Optimizers = list[torch.optim.Optimizer]
 
 
-def check_recipe(path: Path, recipe: dict[str, Any], free: set[str]) -> None:
-    """Write `recipe` to `path`, or compare the two; raise UserError if a key that is not in `free` differs."""
+def check_recipe(path: Path, recipe: dict[str, Any], free: set[str], defaults: Mapping[str, Any] | None = None) -> None:
+    """Write `recipe` to `path`, or compare the two; raise UserError if a key that is not in `free` differs.
+
+    A key that the file lacks, being older than the key, counts as its default.
+    """
     if path.exists():
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            old = {**(defaults or {}), **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError):
             raise UserError(f"'{path}' is damaged; remove '{path.parent}' to start anew.") from None
         changed = [key for key in recipe if key not in free and old.get(key) != recipe[key]]
         if changed:
@@ -47,6 +51,14 @@ def save_training_state(
         (folder / "state.json").write_text(json.dumps(meta, indent=1))
 
     write_folder(path, write)
+
+
+def recover_training_state(path: Path) -> bool:
+    """Whether there is a state at `path`; puts back the one before if a kill fell between the two renames of a save."""
+    before = path.with_name(f".{path.name}.old")
+    if not path.exists() and before.is_dir():
+        os.replace(before, path)
+    return path.exists()
 
 
 def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import hashlib
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
+
+OVERLAP = 13
+"""Words in a row that a text may not share with an excluded prompt."""
 
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -51,6 +54,82 @@ def messages_of(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     return messages
 
 
+class Prompt(NamedTuple):
+    """A question for the target, and the row that its answer becomes."""
+
+    key: str
+    """Its id in the distilled data set."""
+    source: str
+    messages: list[dict[str, str]]
+    ids: list[int]
+    """The chat with the generation prompt."""
+
+    def row(self, answer_ids: list[int], answer: str, prompt_ids: list[int] | None = None) -> dict[str, Any]:
+        """One line of a distilled data set; `prompt_ids` are those that were answered, if not this prompt's own."""
+        ids = self.ids if prompt_ids is None else prompt_ids
+        return {"id": self.key, "source": self.source, "prompt_ids": ids, "answer_ids": answer_ids, "answer": answer}
+
+
+def prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """The first question of a row: its first turn, or its messages up to the first answer."""
+    if "turns" in row:
+        return [{"role": "user", "content": _turns(row, where)[0]}]
+    messages: list[dict[str, str]] = []
+    for message in messages_of(row, where) if "messages" in row else []:
+        if message["role"] == "assistant":
+            break
+        messages.append(message)
+    if not messages:
+        raise UserError(f"{where}: neither `turns` nor `messages` that begin with a question.")
+    return messages
+
+
+def _turns(row: dict[str, Any], where: str) -> list[str]:
+    turns = row["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise UserError(f"{where}: `turns` must be a list of texts that is not empty.")
+    return turns
+
+
+class Exclusion:
+    """Prompts that may not be trained on: `dropped_by(row)` says whether a row holds one of them.
+
+    A prompt is all its turns. Words are compared in lower case. A row holds a prompt if both share OVERLAP words in a
+    row, or, for a shorter prompt (or first turn), if one of the row's questions, all of them together, or its whole
+    text says the same.
+    """
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        self._grams: set[int] = set()
+        self._short: set[tuple[str, ...]] = set()
+        for path in files:
+            for line, row in read_jsonl(path):
+                where = f"{path}, line {line}"
+                turns = _turns(row, where) if "turns" in row else _questions(prompt_messages(row, where))
+                self._grams |= _ngrams(" ".join(turns))
+                for words in (" ".join(turns).lower().split(), turns[0].lower().split()):
+                    if 0 < len(words) < OVERLAP:
+                        self._short.add(tuple(words))
+
+    def dropped_by(self, row: dict[str, Any]) -> bool:
+        """Whether a `messages` or `text` row overlaps."""
+        if self._grams and not self._grams.isdisjoint(_ngrams(row_text(row))):
+            return True
+        if not self._short:
+            return False
+        asked = _questions(row["messages"]) if "messages" in row else [row["text"]]
+        return any(tuple(text.lower().split()) in self._short for text in (*asked, " ".join(asked)))
+
+
+def _questions(messages: list[dict[str, str]]) -> list[str]:
+    return [m["content"] for m in messages if m["role"] == "user"] or [m["content"] for m in messages]
+
+
+def _ngrams(text: str, n: int = OVERLAP) -> set[int]:
+    words = text.lower().split()
+    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
+
+
 def text_key(text: str) -> int:
     """A stable 64-bit hash of a text; splits and samples are made by it, so that they survive any reordering."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
@@ -78,8 +157,7 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int],
     The mask comes from the template's own `{% generation %}` marks; without them, from rendering the chat up to each
     answer (the generation prompt) and through it, which must nest. Raises UserError if no token would be trained.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, which chats need.")
+    _check_template(tokenizer)
     if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
         out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
@@ -108,6 +186,12 @@ def _ids_by_nesting(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[lis
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat up to and including the generation prompt."""
+    """Token ids of a chat up to and including the generation prompt. Raises UserError without a chat template."""
+    _check_template(tokenizer)
     out = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(out["input_ids"])
+
+
+def _check_template(tokenizer: Any) -> None:
+    if tokenizer.chat_template is None:
+        raise UserError(f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, which chats need.")

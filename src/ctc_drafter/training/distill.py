@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from ..target import Target
 from .answers import batched_answers
-from .data import copies, example_key, messages_of, read_jsonl
+from .data import Exclusion, Prompt, copies, example_key, prompt_ids, prompt_messages, read_jsonl
+from .remote import RemoteTarget
 
 
 @dataclass
@@ -29,6 +32,8 @@ class DistillConfig:
     """Model folder or hub name; None: the embedded target."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each `source` (0..1) to use; 1.0 if absent."""
+    exclude: list[str] = field(default_factory=list)
+    """Prompt files; a prompt that shares 13 consecutive words with one of them, or asks a shorter one, is dropped."""
     limit: int = 0
     """Only the first so many prompts that fit; 0: all."""
     max_prompt_tokens: int = 512
@@ -39,52 +44,92 @@ class DistillConfig:
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
+    api_base: str | None = None
+    """Address of an OpenAI-compatible server that runs the target, such as http://localhost:8000/v1; None: run it here.
+    Of the target only the tokenizer is loaded then; `batch`, `dtype` and `device` have no meaning."""
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key."""
+    api_model: str | None = None
+    """The target's name at the server; None: the only one there, or the one named like the target."""
+    api_chat: bool = False
+    """Send messages, which the server renders by its own chat template, instead of token ids."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    request_timeout: float = 600.0
+    """Seconds without an answer after which a request is sent again."""
 
     def __post_init__(self) -> None:
         if min(self.batch, self.max_new_tokens, self.max_prompt_tokens) < 1 or self.limit < 0 or self.temperature < 0:
             raise ValueError(
                 "batch, max_new_tokens and max_prompt_tokens must be positive, limit and temperature not negative"
             )
+        if self.concurrency < 1 or not self.request_timeout > 0:
+            raise ValueError("concurrency must be at least 1, request_timeout more than 0")
+        if self.api_base is None and (self.api_key_env or self.api_model or self.api_chat):
+            raise ValueError("api_key_env, api_model and api_chat have no meaning without api_base")
 
 
-@torch.inference_mode()
 def distill(config: DistillConfig) -> Path:
-    """Generate what is missing from `config.output`; returns its path. A killed run continues where it stopped."""
+    """Get what is missing from `config.output`; returns its path. A killed run continues where it stopped."""
     output = Path(config.output)
     done = _finished(output)
-    target = Target.load(
-        config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-    )
-    prompts = list(_prompts(config, target))
-    if not prompts and not done:
-        raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     columns = (
         TextColumn("distilling"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[tokens]} tokens"),
+        TextColumn("{task.fields[tokens]} tokens, {task.fields[rate]} tokens/s"),
     )
-    with Progress(*columns) as progress, output.open("a", encoding="utf-8") as out:
-        task = progress.add_task("", total=len(prompts), completed=sum(p[0] in done for p in prompts), tokens=0)
-        total = 0
-        for start in range(0, len(prompts), config.batch * 16):
-            window = sorted(prompts[start : start + config.batch * 16], key=lambda p: len(p[2]))
-            for i in range(0, len(window), config.batch):
-                group = [p for p in window[i : i + config.batch] if p[0] not in done]
-                if not group:
-                    continue
-                torch.manual_seed(config.seed * 10**6 + start + i)  # a resumed run samples what an unbroken one does
-                answers = _answers(target, [p[2] for p in group], config)
-                for (key, source, ids), answer in zip(group, answers):
-                    text = target.tokenizer.decode(answer, skip_special_tokens=True)
-                    row = {"id": key, "source": source, "prompt_ids": ids, "answer_ids": answer, "answer": text}
-                    out.write(json.dumps(row) + "\n")
-                    total += len(answer)
+    target = RemoteTarget(config) if config.api_base is not None else _local_target(config)
+    with Progress(*columns) as progress:
+        prompts = _prompts(config, target.tokenizer, target.max_context, progress)
+        if not prompts and not done:
+            raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")
+        missing = [p for p in prompts if p.key not in done]
+        task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(missing), tokens=0, rate=0)
+        if isinstance(target, RemoteTarget):
+            rows: Generator[list[dict[str, Any]]] = target.answers(missing)
+        else:
+            rows = _local_answers(target, prompts, done, config)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        total, began = 0, time.monotonic()
+        with output.open("a", encoding="utf-8") as out, closing(rows):
+            for group in rows:
+                out.write("".join(json.dumps(row) + "\n" for row in group))
                 out.flush()
-                progress.update(task, advance=len(group), tokens=f"{total:,}")
+                total += sum(len(row["answer_ids"]) for row in group)
+                rate = total / max(time.monotonic() - began, 1e-3)
+                progress.update(task, advance=len(group), tokens=f"{total:,}", rate=f"{rate:,.0f}")
+        if isinstance(target, RemoteTarget):
+            for sentence in target.tally.sentences():
+                progress.console.print(sentence)
+            if not done:
+                target.check_answered()
     return output
+
+
+def _local_target(config: DistillConfig) -> Target:
+    return Target.load(
+        config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
+
+
+def _local_answers(
+    target: Target, prompts: list[Prompt], done: set[str], config: DistillConfig
+) -> Generator[list[dict[str, Any]]]:
+    """Rows of the prompts that are not `done`, a batch at a time, prompts of similar length together."""
+    for start in range(0, len(prompts), config.batch * 16):
+        window = sorted(prompts[start : start + config.batch * 16], key=lambda p: len(p.ids))
+        for i in range(0, len(window), config.batch):
+            group = [p for p in window[i : i + config.batch] if p.key not in done]
+            if not group:
+                continue
+            torch.manual_seed(config.seed * 10**6 + start + i)  # a resumed run samples what an unbroken one does
+            answers = _answers(target, [p.ids for p in group], config)
+            yield [
+                prompt.row(answer, target.tokenizer.decode(answer, skip_special_tokens=True))
+                for prompt, answer in zip(group, answers)
+            ]
 
 
 def _finished(output: Path) -> set[str]:
@@ -111,41 +156,37 @@ def _finished(output: Path) -> set[str]:
     return {row["id"] for row in rows}
 
 
-def _prompts(config: DistillConfig, target: Target) -> Iterator[tuple[str, str, list[int]]]:
-    """(id, source, prompt ids), each prompt once."""
+def _prompts(config: DistillConfig, tokenizer: Any, max_context: int, progress: Progress) -> list[Prompt]:
+    """The prompts to answer, each once."""
     seen: set[str] = set()
-    count = 0
+    found: list[Prompt] = []
+    banned = Exclusion(config.exclude)
+    dropped = 0
+    for where, row in _rows(config):
+        source = str(row.get("source", row.get("category", "")))
+        messages = prompt_messages(row, where)
+        key = f"{example_key({'messages': messages}):016x}"
+        if key in seen or not copies({"id": key}, min(1.0, config.mixture.get(source, 1.0))):
+            continue
+        seen.add(key)
+        if banned.dropped_by({"messages": messages}):
+            dropped += 1
+            continue
+        ids = prompt_ids(tokenizer, messages)
+        if len(ids) > min(config.max_prompt_tokens, max_context - config.max_new_tokens):
+            continue
+        found.append(Prompt(key, source, messages, ids))
+        if len(found) == config.limit:
+            break
+    if config.exclude:
+        progress.console.print(f"{dropped} prompts dropped for an overlap with {len(config.exclude)} prompt files")
+    return found
+
+
+def _rows(config: DistillConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in config.prompts:
         for line, row in read_jsonl(path):
-            source = str(row.get("source", row.get("category", "")))
-            messages = _prompt_messages(row, f"{path}, line {line}")
-            key = f"{example_key({'messages': messages}):016x}"
-            if key in seen or not copies({"id": key}, min(1.0, config.mixture.get(source, 1.0))):
-                continue
-            seen.add(key)
-            ids = target.prompt_ids(messages)
-            if len(ids) > min(config.max_prompt_tokens, target.max_context - config.max_new_tokens):
-                continue
-            yield key, source, ids
-            count += 1
-            if count == config.limit:
-                return
-
-
-def _prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    if "turns" in row:
-        turns = row["turns"]
-        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-            raise UserError(f"{where}: `turns` must be a list of texts that is not empty.")
-        return [{"role": "user", "content": turns[0]}]
-    messages: list[dict[str, str]] = []
-    for message in messages_of(row, where) if "messages" in row else []:
-        if message["role"] == "assistant":
-            break
-        messages.append(message)
-    if not messages:
-        raise UserError(f"{where}: neither `turns` nor `messages` that begin with a question.")
-    return messages
+            yield f"{path}, line {line}", row
 
 
 def _answers(target: Target, prompts: list[list[int]], config: DistillConfig) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,25 +12,31 @@ from torch import nn
 def make_optimizers(
     parameters: Mapping[str, torch.Tensor], lr_matrix: float, lr_other: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for matrices inside layers, AdamW for everything else."""
+    """Muon (Jordan et al. 2024) for matrices inside layers, if there are any, and AdamW for everything else."""
     inner = {name for name, p in parameters.items() if "layers." in name and p.ndim == 2}
     matrices = [p for name, p in parameters.items() if name in inner]
     others = [p for name, p in parameters.items() if name not in inner]
-    return [
-        torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    adamw = torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, float], factor: float) -> None:
-    """Set each optimizer's learning rate to its own rate times `factor`."""
-    for optimizer, rate in zip(optimizers, rates, strict=True):
+    """Set each optimizer's learning rate to its own of `rates` (matrices, others) times `factor`."""
+    for optimizer, rate in zip(optimizers, rates[-len(optimizers) :], strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, decay: int) -> float:
-    """Trapezoid: linear warm-up, constant, linear decay to zero at `steps`."""
+def learning_rate_factor(step: int, steps: int, warmup: int, decay: int, schedule: str = "trapezoid") -> float:
+    """Share of the full learning rate in `step` (from 0): linear warm-up, then by `schedule` down to zero at `steps`.
+
+    trapezoid: constant, with a linear decay over the last `decay` steps. cosine: half a cosine from the warm-up's end.
+    """
+    if schedule == "cosine":
+        done = max(0, step - warmup) / max(1, steps - warmup)
+        return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return min(1.0, (step + 1) / max(1, warmup), max(0, steps - step) / max(1, decay))
 
 

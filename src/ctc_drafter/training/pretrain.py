@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..files import write_folder
 from ..target import resolve_device
 from .checkpoint import check_recipe, load_training_state, save_training_state
-from .data import chat_ids, copies, example_key, messages_of, read_jsonl, row_text, text_key
+from .data import Exclusion, chat_ids, copies, example_key, messages_of, read_jsonl, row_text, text_key
 from .optim import (
     fp32_masters,
     gradients_to_masters,
@@ -56,7 +56,7 @@ class PretrainConfig:
     as_answers: list[str] = field(default_factory=list)
     """Sources of `text` rows that are answers without their question: rendered as an assistant turn."""
     exclude: list[str] = field(default_factory=list)
-    """Prompt files; a training row that shares 13 consecutive words with one of them is dropped."""
+    """Prompt files; a row that shares 13 consecutive words with one of them, or asks a shorter one, is dropped."""
     init: str | None = None
     """Folder of a target to train on from; its tokenizer and shape are used, and the shape below is not."""
     vocab_size: int = 6144
@@ -161,11 +161,6 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _ngrams(text: str, n: int = 13) -> set[int]:
-    words = text.lower().split()
-    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
-
-
 def _encode(config: PretrainConfig, tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     if "messages" in row:
         ids, mask = chat_ids(tokenizer, row["messages"])
@@ -182,10 +177,7 @@ def _blocks(
     """Packed training and held-out blocks: int32 (n, 2, block): token ids, and labels with -100 where masked."""
     path = work / "blocks.safetensors"
     if not path.exists():
-        banned: set[int] = set()
-        for file in config.exclude:
-            for _, row in read_jsonl(file):
-                banned |= _ngrams(" ".join(row["turns"]))
+        banned = Exclusion(config.exclude)
         streams: dict[str, list[list[list[int]]]] = {"train": [], "held": []}
         rows = sorted(_rows(config), key=lambda r: text_key(json.dumps(r) + str(config.seed)))
         task = progress.add_task("tokenizing", total=len(rows))
@@ -198,8 +190,7 @@ def _blocks(
             count = copies(row, rate)
             if not count:
                 continue
-            text = row_text(row)
-            if banned and not banned.isdisjoint(_ngrams(text)):
+            if banned.dropped_by(row):
                 dropped += 1
                 continue
             ids, mask = _encode(config, tokenizer, row)
