@@ -1,4 +1,4 @@
-# make demo    see it work            make test    run the tests
+# make demo    see it work            make test    run the tests (test-all: the slow ones too)
 # make lint    ruff                   make type    mypy
 # make bench   measure the README's figures again (an hour)
 # make embedded    train the shipped target and drafters again (hours)
@@ -14,12 +14,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint type check bench embedded clean
+.PHONY: demo test test-all lint type check bench embedded clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
@@ -29,7 +32,7 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
-check: lint type test
+check: lint type test-all
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
 embedded: $(STAMP)
