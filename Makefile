@@ -48,8 +48,7 @@ EVAL ?= data/eval
 SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
 bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 50 --budget 8 --dtype float32 --json benchmarks/results/ctc-float32-alone.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 11 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 12 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 50 --budget 16 --drafter paper --dtype float32 --json benchmarks/results/paper-float32.json
 	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
 
