@@ -40,7 +40,7 @@ def packed_sdpa(
     packed = query.reshape(query.shape[0], groups, share * q, query.shape[3])
     mask = attention_mask if q == 1 else _tiled(attention_mask, share)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.view(query.shape[0], heads, q, value.shape[3]).transpose(1, 2).contiguous(), None
+    return out.reshape(query.shape[0], heads, q, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
 def _tiled(mask: torch.Tensor, share: int) -> torch.Tensor:

@@ -53,7 +53,8 @@ TargetName = Annotated[
     str | None, typer.Option("--target", help="Model folder or hub name. Default: the embedded target.")
 ]
 DrafterName = Annotated[
-    str | None, typer.Option("--drafter", help="Drafter folder, `ctc` (embedded, the default), `paper` or `none`.")
+    str | None,
+    typer.Option("--drafter", help="Drafter folder, `ctc` (embedded, the default), `paper`, `lookup` or `none`."),
 ]
 Budget = Annotated[int, typer.Option("--budget", min=1, help="Draft nodes scored per step.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]

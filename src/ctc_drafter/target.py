@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
+from .chat import render_chat
 from .errors import UserError
 from .packing import PackedLinears
 from .tree import DraftTree
@@ -203,12 +204,8 @@ class Target:
     # ------------------------------------------------------------ text
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat with the generation prompt. Raises UserError without a chat template."""
-        if self.tokenizer.chat_template is None:
-            raise UserError(f"The tokenizer of '{self.name}' has no chat template; give plain text with --raw.")
-        return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        """Token ids of a chat with the generation prompt. Raises UserError without a chat template that takes it."""
+        return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
 
     # ------------------------------------------------------------ self-test
 

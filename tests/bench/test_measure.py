@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ctc_drafter.acceptance import Sampling
 from ctc_drafter.bench.measure import (
     Answer,
     Contender,
@@ -100,7 +101,7 @@ def test_a_difference_is_found_and_its_gap_is_the_targets(target: Target) -> Non
     assert result["identical"] is False
     assert result["gap"] == pytest.approx(first_gap(target, ids, [first], [other])) and result["gap"] > 0
     assert first_gap(target, ids, [first], [first, 1]) is None
-    sampled = compare(target, ids, answer([other], [0], 1.0), answer([first], [0], 1.0), greedy=False)
+    sampled = compare(target, ids, answer([other], [0], 1.0), answer([first], [0], 1.0), Sampling(temperature=1.0))
     assert sampled["identical"] is None and sampled["gap"] is None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctc_drafter.drafters import DRAFTERS, CTCConfig, CTCDrafter, MedusaConfig, ParallelConfig
+from ctc_drafter.drafters import DRAFTERS, CTCConfig, CTCDrafter, MedusaConfig, ParallelConfig, slots
 from ctc_drafter.drafters.slots import SlotDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import LAST, Target
@@ -147,6 +147,21 @@ def test_training_overfits_one_batch(drafter: SlotDrafter) -> None:
         losses.append(float(loss))
     assert losses[-1] < 0.6 * losses[0]
     assert 0 < float(metrics["first"]) <= 1 and 0 < float(metrics["expected_accepted"]) <= 4
+
+
+def test_large_vocabularies_are_done_in_pieces(drafter: SlotDrafter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, metrics and gradients are those of one piece."""
+    batch = batch_for(drafter)
+
+    def run() -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor | None]]:
+        drafter.zero_grad()
+        loss, metrics = drafter.train_loss(**batch)
+        loss.backward()
+        return loss.detach(), metrics, [p.grad for p in drafter.parameters()]
+
+    whole = run()
+    monkeypatch.setattr(slots, "MAX_LOGITS", 4 * len(drafter.head_rows()) * 10)
+    torch.testing.assert_close(run(), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_ignored_labels_do_not_count(drafter: SlotDrafter) -> None:
@@ -290,7 +305,7 @@ def test_without_label_context_the_draft_ignores_what_was_said(target: Target) -
         with torch.no_grad():
             flat, rows, lengths = drafter.label_rows(labels, -100)
             logits = torch.randn(1, 4, target.vocab_size).expand(2, -1, -1)
-            scores = drafter.prefix_scores(logits, torch.tensor([7, 7]), flat, rows, lengths)  # type: ignore[operator]
+            (scores,) = drafter.prefix_scores(logits, torch.tensor([7, 7]), flat, rows, lengths)  # type: ignore[operator]
         second = scores[:, 1] - scores[:, 0]
         assert (abs(float(second[0] - second[1])) > 1e-4) == context
 

@@ -68,7 +68,8 @@ def test_training_is_the_same_as_online(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = replace(recipe, dtype=dtype, drafter={**recipe.drafter, "feature_layers": layers})
+    # Muon works in bfloat16: at its full rate one rounding moves a weight by more than the tolerance.
+    recipe = replace(recipe, dtype=dtype, drafter={**recipe.drafter, "feature_layers": layers}, lr_matrix=5e-4)
     online = train(replace(recipe, features=None, output=str(tmp_path / "online")))
     cache_features(recipe, str(recipe.features))
     real = Target.forward

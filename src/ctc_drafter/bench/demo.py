@@ -92,7 +92,7 @@ def run_demo(
             _warm_up(streams)
         _race(prompt, streams, console, live, first=i % 2)
         row = {"id": prompt.id, "category": prompt.category}
-        row |= compare(target, ids, streams[1].answer, streams[0].answer, greedy=sampling.temperature == 0)
+        row |= compare(target, ids, streams[1].answer, streams[0].answer, sampling)
         rows.append(row)
         view = _view(prompt, streams, row)
         console.print(view)

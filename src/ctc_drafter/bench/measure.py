@@ -146,7 +146,7 @@ def measure(
                 plain, *drafted = rotation.answers(ids)
                 for result, answer in zip(results, drafted):
                     row: Row = {"id": prompt.id, "category": prompt.category, "turn": turn}
-                    row |= compare(target, ids, answer, plain, greedy=sampling.temperature == 0)
+                    row |= compare(target, ids, answer, plain, sampling)
                     result.rows.append(row)
                     if on_row is not None:
                         on_row(result, row)
@@ -211,9 +211,15 @@ def decode(target: Target, tokens: list[int]) -> str:
     return str(target.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def compare(target: Target, ids: list[int], drafted: Answer, plain: Answer, *, greedy: bool = True) -> Row:
-    """The row of one answer: the drafted run beside the plain run on prompt `ids`."""
-    identical = drafted.tokens == plain.tokens if greedy else None
+def compare(target: Target, ids: list[int], drafted: Answer, plain: Answer, sampling: Sampling = Sampling()) -> Row:
+    """The row of one answer: the drafted run beside the plain run on prompt `ids`.
+
+    Sampled answers cannot be compared token by token; under a repetition penalty raw logits say nothing of a near-tie.
+    """
+    identical = drafted.tokens == plain.tokens if sampling.temperature == 0 else None
+    gap = 0.0 if identical else None
+    if identical is False and sampling.repetition_penalty == 1.0:
+        gap = first_gap(target, ids, plain.tokens, drafted.tokens)
     return {
         "tokens": len(drafted.tokens),
         "steps": len(drafted.accepted),
@@ -221,11 +227,7 @@ def compare(target: Target, ids: list[int], drafted: Answer, plain: Answer, *, g
         "plain_tokens": len(plain.tokens),
         "plain_seconds": plain.seconds,
         "identical": identical,
-        "gap": None
-        if identical is None
-        else 0.0
-        if identical
-        else first_gap(target, ids, plain.tokens, drafted.tokens),
+        "gap": gap,
         "looped": ends_in_loop(drafted.tokens),
         "accepted": drafted.accepted,
         "parts": drafted.parts,

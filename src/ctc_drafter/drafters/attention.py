@@ -130,7 +130,7 @@ class DraftModule(nn.Module):
             # The queries of a group stand one after another over the same keys, so that no key is copied.
             grouped = q.reshape(1, layer.kv_heads, -1, layer.dim)
             attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end])
-            x = layer.finish(x, attended.view(q.shape).transpose(1, 2).flatten(-2))
+            x = layer.finish(x, attended.reshape(q.shape).transpose(1, 2).flatten(-2))
         self._length = start + n
         out: torch.Tensor = self.norm(x)
         return out

@@ -82,9 +82,9 @@ class CTCDrafter(SlotDrafter):
         labels: torch.Tensor,
         possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits, roots = self.slot_logits(features, token_ids, anchors)
+        slots, roots = self.slots_at(features, token_ids, anchors)
         labels, rows, lengths = self.label_rows(labels, IGNORE)
-        prefix, label_loss = self._scores(logits, roots, labels, rows, lengths)
+        prefix, label_loss = self.in_pieces(self._scores, slots, roots, labels, rows, lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
         usable, metrics = expected_acceptance(prefix, lengths)
         return (loss * usable).sum() / usable.sum().clamp_min(1), metrics

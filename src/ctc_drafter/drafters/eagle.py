@@ -144,7 +144,7 @@ class EagleModule(nn.Module):
         grouped = q.reshape(1, layer.kv_heads, share * asking, layer.dim)
         tiled = None if mask is None else mask.repeat(1, share, 1)[:, None]
         attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end], attn_mask=tiled)
-        out: torch.Tensor = layer.finish(pairs[:, -asking:], attended.view(q.shape).transpose(1, 2).flatten(-2))
+        out: torch.Tensor = layer.finish(pairs[:, -asking:], attended.reshape(q.shape).transpose(1, 2).flatten(-2))
         return out
 
     # ------------------------------------------------------------ training

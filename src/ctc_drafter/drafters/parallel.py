@@ -46,9 +46,9 @@ class ParallelDrafter(SlotDrafter):
         labels: torch.Tensor,
         possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits, roots = self.slot_logits(features, token_ids, anchors)
+        slots, roots = self.slots_at(features, token_ids, anchors)
         labels, rows, lengths = self.label_rows(labels, IGNORE)
-        prefix = self.prefix_scores(logits, roots, labels, rows, lengths)
+        (prefix,) = self.in_pieces(self.prefix_scores, slots, roots, labels, rows, lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths)
         usable, metrics = expected_acceptance(prefix, lengths)
         return (loss * usable).sum() / usable.sum().clamp_min(1), metrics
@@ -60,11 +60,14 @@ class ParallelDrafter(SlotDrafter):
         labels: torch.Tensor,
         rows: torch.Tensor,
         lengths: torch.Tensor,
-    ) -> torch.Tensor:
-        """Log probabilities (A, L) of all label prefixes: logits (A, L, K), roots (A,), labels and rows (A, L)."""
+    ) -> tuple[torch.Tensor]:
+        """Log probabilities of all label prefixes, (A, L), the only result.
+
+        logits (A, L, K); roots (A,) and labels (A, L) are token ids, rows (A, L) the labels among the kept tokens.
+        """
         if self.has_context:
             said = torch.cat([roots[:, None], labels[:, :-1]], 1)
             logits = logits + (self._context_key(said) @ self._context_value().T).float()
         conditional = logits.log_softmax(-1).gather(2, rows[..., None])[..., 0]
         counted = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
-        return (conditional * counted).cumsum(-1)
+        return ((conditional * counted).cumsum(-1),)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
 from ..lattice.pool import pool_lattice, pool_tokens
 from ..lattice.prefix import best_tree
 from ..packing import PackedLinears
@@ -18,6 +21,11 @@ from .attention import DraftModule, fit_shape
 from .base import TrainableDrafter, linear_of
 from .heads import HeadsModule
 
+MAX_LOGITS = 2**27
+"""Logits of slots and contexts that training holds at once."""
+
+Scores = Callable[..., tuple[torch.Tensor, ...]]
+
 
 @dataclass
 class SlotConfig:
@@ -26,7 +34,7 @@ class SlotConfig:
     module: Literal["attention", "heads"] = "attention"
     """attention: slots attend to the context and to each other; heads: a residual block each on the newest feature."""
     hidden_size: int = 0
-    """0: the target's."""
+    """The target's, which 0 stands for; no other is possible."""
     intermediate_size: int = 0
     """0: twice the hidden size."""
     heads: int = 0
@@ -55,6 +63,10 @@ class SlotConfig:
             raise ValueError("a drafter needs at least one of the target's layers in feature_layers")
         if self.module == "heads" and (self.feature_layers != [LAST] or self.layers != 1):
             raise ValueError("module 'heads' reads feature_layers [-1] only, and has layers 1")
+        if self.module == "heads" and (self.heads or self.kv_heads or self.intermediate_size):
+            raise ValueError("heads, kv_heads and intermediate_size belong to module 'attention'")
+        if min(self.intermediate_size, self.heads, self.kv_heads, self.vocabulary, self.hidden_size) < 0:
+            raise ValueError("sizes, heads, kv_heads and vocabulary must not be negative")
         if min(self.context_rank, self.pool) < 1:
             raise ValueError("context_rank and pool must be at least 1")
         if not 0 < self.decay <= 1:
@@ -74,7 +86,9 @@ class SlotDrafter(TrainableDrafter):
     def __init__(self, config: Any, target: Target, *, blank: bool, context: bool) -> None:
         super().__init__(config, target)
         width = target.hidden_size
-        config.hidden_size = config.hidden_size or width
+        if config.hidden_size not in (0, width):
+            raise UserError(f"hidden_size is {config.hidden_size}, but '{target.name}' has {width}; leave it out.")
+        config.hidden_size = width
         self.feature_layers = tuple(config.feature_layers)
         self.module: Any = HeadsModule(width, config.slots) if config.module == "heads" else _attention(config, target)
         self.has_blank, self.has_context = blank, context
@@ -158,14 +172,29 @@ class SlotDrafter(TrainableDrafter):
 
     # ------------------------------------------------------------ training
 
-    def slot_logits(
+    def slots_at(
         self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B * A, N, C) of the slots at the anchors (B, A), and the root tokens (B * A,)."""
+        """Slots (B * A, N, width) at the anchors (B, A), and the root tokens (B * A,)."""
         context = self.module.context(features[:, :-1], self.target.embedding(token_ids[:, 1:]))
-        slots = self.module(context, anchors).flatten(0, 1)
-        logits = F.linear(slots, self.head_rows()).float()
-        return logits, token_ids.gather(1, anchors + 1).flatten()
+        return self.module(context, anchors).flatten(0, 1), token_ids.gather(1, anchors + 1).flatten()
+
+    def in_pieces(self, scores: Scores, slots: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """scores(logits (A', N, C), *others) over all anchors, the first axis of every tensor; its results joined.
+
+        No more than MAX_LOGITS are held at once; with more, they are computed again for the gradient.
+        """
+        head = self.head_rows()
+
+        def piece(slots: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return scores(F.linear(slots, head).float(), *others)
+
+        size = max(1, MAX_LOGITS // (len(head) * (slots.shape[1] + self.config.labels + 1)))
+        if len(slots) <= size:
+            return piece(slots, *others)
+        pieces = zip(*(t.split(size) for t in (slots, *others)))
+        done = [checkpoint(piece, *part, use_reentrant=False) for part in pieces]
+        return tuple(torch.cat(parts) for parts in zip(*done))
 
     def label_rows(self, labels: torch.Tensor, ignore: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """labels (B, A, L) -> ids and places among the kept tokens, both (B * A, L), and usable lengths (B * A,).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,30 @@ from ..files import write_folder, write_text
 Optimizers = list[torch.optim.Optimizer]
 
 
-def check_recipe(path: Path, recipe: dict[str, Any], free: set[str], defaults: Mapping[str, Any] | None = None) -> None:
+def check_recipe(
+    path: Path,
+    recipe: dict[str, Any],
+    free: set[str],
+    defaults: Mapping[str, Any] | None = None,
+    *,
+    belongs: Iterable[Path] = (),
+) -> None:
     """Write `recipe` to `path`, or compare the two; raise UserError if a key that is not in `free` differs.
 
-    A key that the file lacks, being older than the key, counts as its default.
+    A key that the file lacks, being older than the key, counts as its default. `belongs`: what else was made by the
+    recipe, for the error to name.
     """
+    everything = " and ".join(f"'{p}'" for p in (*(p for p in belongs if p.exists()), path))
     if path.exists():
         try:
             old = {**(defaults or {}), **json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError):
-            raise UserError(f"'{path}' is damaged; remove '{path.parent}' to start anew.") from None
+            raise UserError(f"'{path}' is damaged; remove {everything} to start anew.") from None
         changed = [key for key in recipe if key not in free and old.get(key) != recipe[key]]
         if changed:
             raise UserError(
                 f"'{path}' belongs to another recipe ({', '.join(changed)} differ); "
-                f"remove '{path.parent}' or choose another output."
+                f"remove {everything}, or choose another output."
             )
     write_text(path, json.dumps(recipe, indent=1))
 

@@ -8,9 +8,11 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..chat import check_template, render_chat
 from ..errors import UserError
 
 OVERLAP = 13
@@ -136,8 +138,14 @@ def text_key(text: str) -> int:
 
 
 def example_key(row: dict[str, Any]) -> int:
-    """Hash of the first message (of the whole text if there are none): all answers to one prompt share it."""
-    return text_key(row["messages"][0]["content"] if "messages" in row else row["text"])
+    """Hash of all messages before the first answer (or of the whole text): all answers to one prompt share it."""
+    if "messages" not in row:
+        return text_key(row["text"])
+    messages = row["messages"]
+    asked = list(takewhile(lambda m: m["role"] != "assistant", messages)) or messages[:1]
+    if len(asked) == 1:
+        return text_key(asked[0]["content"])
+    return text_key(json.dumps([[m["role"], m["content"]] for m in asked]))
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -157,9 +165,9 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int],
     The mask comes from the template's own `{% generation %}` marks; without them, from rendering the chat up to each
     answer (the generation prompt) and through it, which must nest. Raises UserError if no token would be trained.
     """
-    _check_template(tokenizer)
+    check_template(tokenizer)
     if "{% generation" in str(tokenizer.chat_template) or "{%- generation" in str(tokenizer.chat_template):
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        out = render_chat(tokenizer, messages, return_assistant_tokens_mask=True)
         ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
     else:
         ids, mask = _ids_by_nesting(tokenizer, messages)
@@ -175,7 +183,7 @@ def _ids_by_nesting(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[lis
         if message["role"] != "assistant":
             continue
         before = prompt_ids(tokenizer, messages[:i])
-        through = list(tokenizer.apply_chat_template(messages[: i + 1], return_dict=True)["input_ids"])
+        through = list(render_chat(tokenizer, messages[: i + 1])["input_ids"])
         if through[: len(before)] != before or before[: len(ids)] != ids:
             raise UserError(
                 "The chat template rewrites earlier turns, so answers cannot be located; add generation marks."
@@ -187,11 +195,4 @@ def _ids_by_nesting(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[lis
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a chat up to and including the generation prompt. Raises UserError without a chat template."""
-    _check_template(tokenizer)
-    out = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(out["input_ids"])
-
-
-def _check_template(tokenizer: Any) -> None:
-    if tokenizer.chat_template is None:
-        raise UserError(f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, which chats need.")
+    return list(render_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"])

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from ..target import Target
 from .answers import batched_answers
+from .checkpoint import check_recipe
 from .data import Exclusion, Prompt, copies, example_key, prompt_ids, prompt_messages, read_jsonl
+from .lock import locked
 from .remote import RemoteTarget
 
 
@@ -69,10 +71,27 @@ class DistillConfig:
             raise ValueError("api_key_env, api_model and api_chat have no meaning without api_base")
 
 
+DECIDING = {"target", "temperature", "max_new_tokens"}
+"""What may not change between a run and its continuation: it decides what an answer is."""
+
+
 def distill(config: DistillConfig) -> Path:
-    """Get what is missing from `config.output`; returns its path. A killed run continues where it stopped."""
+    """Get what is missing from `config.output`; returns its path. A killed run continues where it stopped.
+
+    Raises UserError while another run writes to it, or if it was begun with another target or other lengths.
+    """
     output = Path(config.output)
-    done = _finished(output)
+    recipe = asdict(config)
+    with locked(output.with_name(output.name + ".lock")):
+        done = _finished(output)
+        kept = output.with_name(output.name + ".recipe.json")
+        if not done:
+            kept.unlink(missing_ok=True)
+        check_recipe(kept, recipe, recipe.keys() - DECIDING, belongs=[output])
+        return _distill(config, output, done)
+
+
+def _distill(config: DistillConfig, output: Path, done: set[str]) -> Path:
     columns = (
         TextColumn("distilling"),
         BarColumn(),

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..target import Target
 from .config import TrainConfig
 from .features import CachedFeatures
-from .problems import Problems, Sequence, make_problems
+from .problems import Problems, Sequence, make_problems, split_problems
 
 LOSS_BATCHES = 4
 
@@ -39,18 +39,27 @@ def held_out_figures(
     drafter: TrainableDrafter,
     held: list[Sequence],
     cached: CachedFeatures | None = None,
+    parts: int = 1,
 ) -> dict[str, float]:
-    """Mean loss (`held_out`) and metrics over the first batches of the held-out sequences; empty without any."""
+    """Mean loss (`held_out`) and metrics over LOSS_BATCHES batches spread over the held-out sequences; {} without any.
+
+    `parts`: into how many a batch is split, as in training, whose memory this must not exceed.
+    """
+    spread = held[:: max(1, len(held) // (LOSS_BATCHES * config.batch))][: LOSS_BATCHES * config.batch]
     sums: dict[str, float] = {}
-    count = 0
-    for i in range(0, min(len(held), LOSS_BATCHES * config.batch), config.batch):
+    weights: dict[str, float] = {}
+    for i in range(0, len(spread), config.batch):
         generator = torch.Generator().manual_seed(i)
-        problems = make_problems(held[i : i + config.batch], config.anchors, drafter.proposed_labels, generator)
-        loss, metrics = problem_loss(target, drafter, problems, cached)
-        count += 1
-        for key, value in {"held_out": loss, **metrics}.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-    return {key: value / count for key, value in sums.items()}
+        problems = make_problems(spread[i : i + config.batch], config.anchors, drafter.proposed_labels, generator)
+        for part in split_problems(problems, min(parts, len(problems[0]))):
+            loss, metrics = problem_loss(target, drafter, part, cached)
+            for key, value in {"held_out": loss, **metrics}.items():
+                # Metrics are means over all anchors, the loss over what the drafter says.
+                own = key == "held_out"
+                weight = drafter.loss_weight(*(t.to(target.device) for t in part[1:])) if own else part[1].numel()
+                sums[key] = sums.get(key, 0.0) + weight * float(value)
+                weights[key] = weights.get(key, 0.0) + weight
+    return {key: value / weights[key] for key, value in sums.items() if weights[key]}
 
 
 def evaluation_prompts(config: TrainConfig, target: Target, held: list[Sequence]) -> list[list[int]]:

@@ -29,7 +29,7 @@ from ..config import from_mapping
 from ..drafters import DRAFTERS
 from ..drafters.base import probe
 from ..errors import UserError
-from ..files import write_text
+from ..files import byte_size, write_text
 from ..target import Target
 from .config import TrainConfig
 from .lock import locked
@@ -138,7 +138,7 @@ def _same_index(folder: Path, index: dict[str, Any]) -> bool:
         return False
     old = _read_index(folder)
     changed = [key for key in DECIDING if old[key] != index[key]]
-    changed += [] if _same_probe(old["probe"], index["probe"]) else ["target"]
+    changed += [] if old["probe"] == index["probe"] else ["target"]
     changed = changed or (["shards"] if old["shards"] != index["shards"] else [])
     if changed:
         raise UserError(f"'{folder}' holds other features ({', '.join(changed)} differ); choose another output.")
@@ -154,17 +154,14 @@ def _announce(console: Console, folder: Path, index: dict[str, Any], shards: lis
     free = shutil.disk_usage(place).free
     console.print(
         f"{index['sequences']:,} sequences, {index['tokens']:,} tokens, layers {index['layers']} of "
-        f"{index['hidden_size']} x {index['dtype']}: {_size(size)} will be written to {folder}, {_size(free)} are free"
+        f"{index['hidden_size']} x {index['dtype']}: {byte_size(size)} will be written to {folder}, "
+        f"{byte_size(free)} are free"
     )
     if size > free / 2 and not yes:
         raise UserError(
-            f"{_size(size)} of features are more than half of the {_size(free)} that are free for '{folder}'; "
+            f"{byte_size(size)} of features are more than half of the {byte_size(free)} that are free for '{folder}'; "
             "give --yes to write them anyway."
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 # ---------------------------------------------------------------- writing
@@ -380,15 +377,9 @@ def _check(folder: Path, index: dict[str, Any], config: TrainConfig, target: Tar
     problems = [f"{key} {made[key]} instead of {now[key]}" for key in made if made[key] != now[key]]
     lacking = [str(layer) for layer in layers if layer not in index["layers"]]
     problems += [f"layers {index['layers']} without {', '.join(lacking)}"] if lacking else []
-    problems += [] if _same_probe(index["probe"], probe(target)) else [f"another target, '{index.get('target')}'"]
+    problems += [] if index["probe"] == probe(target) else [f"another target, '{index.get('target')}'"]
     if problems:
         raise UserError(f"'{folder}' does not fit the recipe, for it was made with {' and '.join(problems)}.")
-
-
-def _same_probe(one: Any, other: list[float]) -> bool:
-    if not isinstance(one, list) or len(one) != len(other):
-        return False
-    return all(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in zip(one, other))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -149,7 +149,8 @@ class Training:
         config, target, drafter = self.config, self.target, self.drafter
         row = {"step": self.done, "loss": self.mean}
         with self.average.in_place():
-            row |= held_out_figures(config, target, drafter, self.setup.held_set, self.setup.cached)
+            parts = config.accumulate * self.setup.processes.count
+            row |= held_out_figures(config, target, drafter, self.setup.held_set, self.setup.cached, parts)
             tau = decoded_tau(config, target, drafter, self.prompts) if self.prompts else None
             if tau is not None:
                 row["tau"] = tau

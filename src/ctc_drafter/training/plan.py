@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from ..files import byte_size
 from .loop import Setup, Training
 from .problems import batch_of
 
@@ -39,7 +40,9 @@ def print_estimate(training: Training) -> None:
         f"work     {sequences:,} sequences, about {round(sequences * mean):,} tokens; "
         f"{passes:,} forward passes of the target in each process; {len(training.prompts)} prompts for tau"
     )
-    console.print(f"storage  drafter {_size(_drafter_bytes(training))}, training state {_size(_state_bytes(training))}")
+    console.print(
+        f"storage  drafter {byte_size(_drafter_bytes(training))}, training state {byte_size(_state_bytes(training))}"
+    )
     console.print(
         f"time     {seconds:.3g} s a step, about {_duration(seconds * config.steps)} in all, evaluation not counted"
     )
@@ -70,10 +73,6 @@ def _state_bytes(training: Training) -> int:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(t.nbytes for t in tensors)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def _duration(seconds: float) -> str:

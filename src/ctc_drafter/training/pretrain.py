@@ -25,7 +25,7 @@ from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_folder
 from ..target import resolve_device
-from .checkpoint import check_recipe, load_training_state, save_training_state
+from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
 from .data import Exclusion, chat_ids, copies, example_key, messages_of, read_jsonl, row_text, text_key
 from .optim import (
     fp32_masters,
@@ -100,7 +100,7 @@ def pretrain(config: PretrainConfig) -> Path:
         raise UserError(f"'{output}' exists and was not written by pretrain; choose another output.")
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    check_recipe(work / "recipe.json", asdict(config), FREE)
+    check_recipe(work / "recipe.json", asdict(config), FREE, belongs=[work])
     with Progress() as progress:
         tokenizer = _tokenizer(config, work, progress)
         blocks, held = _blocks(config, tokenizer, work, progress)
@@ -309,7 +309,7 @@ def _optimize(
         body, chunk_step = torch.compile(body), torch.compile(chunk_step)
     optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
     start, history = 0, []
-    if (work / "state").exists():
+    if recover_training_state(work / "state"):
         meta = load_training_state(work / "state", masters, optimizers)
         start, history = meta["step"], meta["history"]
     masters_to_model(model, masters)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +12,7 @@ from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..target import Target
 from .config import TrainConfig
-from .data import chat_ids, messages_of, read_jsonl, text_key
+from .data import chat_ids, example_key, messages_of, read_jsonl, text_key
 
 Problems = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """ids (B, T), anchors (B, A), labels (B, A, L) and possible (B, T), as `make_problems` describes them."""
@@ -36,26 +38,8 @@ def read_sequences(config: TrainConfig, target: Target) -> tuple[list[Sequence],
     limit = min(config.max_tokens, target.max_context)
     for path in config.data:
         for line, row in read_jsonl(path):
-            if "prompt_ids" in row and "answer_ids" in row:
-                ids, mask = (
-                    row["prompt_ids"] + row["answer_ids"],
-                    [0] * len(row["prompt_ids"]) + [1] * len(row["answer_ids"]),
-                )
-                key = text_key(str(row.get("id", line)))
-            elif "messages" in row:
-                messages = messages_of(row, f"{path}, line {line}")
-                ids, mask = chat_ids(target.tokenizer, messages)
-                key = text_key(messages[0]["content"])
-            elif isinstance(row.get("text"), str):
-                ids = list(target.tokenizer(row["text"], verbose=False)["input_ids"])
-                mask, key = [1] * len(ids), text_key(row["text"])
-            else:
-                raise UserError(f"{path}, line {line}: expected prompt_ids and answer_ids, messages, or text.")
-            if not ids:
-                continue
-            if max(ids) >= target.vocab_size:
-                raise UserError(f"{path}, line {line}: token {max(ids)} is outside the vocabulary of '{target.name}'.")
-            sequence = Sequence(ids[:limit], mask[:limit])
+            sequence, key = _sequence(row, target, f"{path}, line {line}")
+            sequence = Sequence(sequence.ids[:limit], sequence.mask[:limit])
             if any(root and label for root, label in zip(sequence.mask[1:], sequence.mask[2:])):
                 (held if key % 10_000 < config.held_out * 10_000 else train_set).append(sequence)
     if len(train_set) < config.batch:
@@ -63,6 +47,36 @@ def read_sequences(config: TrainConfig, target: Target) -> tuple[list[Sequence],
             f"{', '.join(config.data)}: {len(train_set)} usable sequences, fewer than one batch of {config.batch}."
         )
     return train_set, held
+
+
+def _sequence(row: dict[str, Any], target: Target, where: str) -> tuple[Sequence, int]:
+    """A row as a sequence, and the hash of its prompt, by which all rows of one prompt go to one side of the split."""
+    if "prompt_ids" in row and "answer_ids" in row:
+        prompt, answer = _ids(row["prompt_ids"], where), _ids(row["answer_ids"], where)
+        ids, mask = prompt + answer, [0] * len(prompt) + [1] * len(answer)
+        own = re.fullmatch("[0-9a-f]{16}", str(row.get("id")))  # what `distill` writes is the prompt's hash
+        key = int(own[0], 16) if own else text_key(str(prompt))
+    elif "messages" in row:
+        messages_of(row, where)
+        try:
+            ids, mask = chat_ids(target.tokenizer, row["messages"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        key = example_key(row)
+    elif isinstance(row.get("text"), str):
+        ids = list(target.tokenizer(row["text"], verbose=False)["input_ids"])
+        mask, key = [1] * len(ids), example_key(row)
+    else:
+        raise UserError(f"{where}: expected prompt_ids and answer_ids, messages, or text.")
+    if max(ids, default=0) >= target.vocab_size:
+        raise UserError(f"{where}: token {max(ids)} is outside the vocabulary of '{target.name}'.")
+    return Sequence(ids, mask), key
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise UserError(f"{where}: prompt_ids and answer_ids must be lists of token ids.")
+    return value
 
 
 def answer_counts(sequences: list[Sequence], vocab_size: int) -> torch.Tensor:

@@ -62,7 +62,9 @@ def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) ->
             training = Training(setup)
             if processes.first and not dry_run:
                 recover_training_state(training.state_path)
-                check_recipe(output.with_name(output.name + ".recipe.json"), asdict(config), FREE, recipe_defaults())
+                recipe = output.with_name(output.name + ".recipe.json")
+                made = (output, training.state_path)
+                check_recipe(recipe, asdict(config), FREE, recipe_defaults(), belongs=made)
         if dry_run:
             print_estimate(training)
         else:
