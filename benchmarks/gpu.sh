@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole experiment on one GPU: train a target, distil, train its drafters, measure. Everything resumes.
-#   benchmarks/gpu.sh DATA OUT      DATA holds corpus/ and eval/; results and small weights go to OUT
+#   benchmarks/gpu.sh DATA OUT      DATA holds corpus/ and eval/, and perhaps functions.jsonl of recipes/python_functions.py;
+#                                   results and small weights go to OUT
 set -euo pipefail
 data=$(realpath "$1"); mkdir -p "$2"; out=$(realpath "$2")
 cd "$(dirname "$0")/.."
@@ -12,14 +13,18 @@ for recipe in embedded-target embedded-distill embedded-ctc paper; do
 done
 # A GPU affords more: the whole corpus several times over, and every distilled prompt.
 printf 'steps: %s\ndecay: %s\nbatch: 48\n' "${STEPS:-12000}" "${DECAY:-4000}" > "$work/override"
-python3 - "$work" <<'PY'
+python3 - "$work" "$data/functions.jsonl" <<'PY'
 import sys, yaml, pathlib
-work = pathlib.Path(sys.argv[1])
+work, functions = map(pathlib.Path, sys.argv[1:])
 recipe = yaml.safe_load((work / "embedded-target.yaml").read_text())
 recipe.update(yaml.safe_load((work / "override").read_text()))
+if functions.exists():
+    recipe["data"].append(str(functions))
+    recipe["mixture"]["functions"] = 2.0
 (work / "embedded-target.yaml").write_text(yaml.safe_dump(recipe))
 distill = yaml.safe_load((work / "embedded-distill.yaml").read_text())
 distill.update(limit=0, mixture={})
+distill["prompts"] += [str(functions)] * functions.exists()
 (work / "embedded-distill.yaml").write_text(yaml.safe_dump(distill))
 PY
 run pretrain --config "$work/embedded-target.yaml"
