@@ -92,6 +92,20 @@ def test_bench_writes_the_stable_keys(pair: list[object], prompt_file: Path, tmp
         assert content["totals"]["identical"] == 4 and content["totals"]["prompts"] == 3
 
 
+def test_bench_keeps_its_result_if_nobody_reads_the_report(
+    pair: list[object], prompt_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "r.json"
+    command = ["bench", "--prompts", prompt_file, *pair, "--max-new-tokens", 4, "--json", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ctc_drafter", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) != 0
+    assert json.loads(out.read_text())["complete"]
+
+
 def test_demo_without_a_terminal(pair: list[object]) -> None:
     result = run("demo", *pair, "--limit", 2, "--max-new-tokens", 16, "--threads", 1)
     assert result.returncode == 0, result.stderr

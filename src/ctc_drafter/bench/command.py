@@ -47,17 +47,21 @@ def run_bench(
     contenders = [Contender(loaded[name].name, loaded[name], budget) for name, budget in pairs]
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
         results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
-    print_report(report_console(), results)
     about: dict[str, Any] = {
         "name": target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }
     about["parameters"] = sum(p.numel() for p in target.model.parameters())
+    written: list[Path] = []
     for path, result in zip(outputs, results):
         if result.rows:
             write_json(path, document(result, about, arguments))
-            print(f"Result: {path}")
+            written.append(path)
+    # The files first: what is measured must not be lost to a reader that closes the pipe.
+    print_report(report_console(), results)
+    for path in written:
+        print(f"Result: {path}")
     if not all(result.complete for result in results):
         raise KeyboardInterrupt
 
