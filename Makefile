@@ -49,7 +49,7 @@ SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).
 bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 12 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 50 --budget 16 --drafter paper --dtype float32 --json benchmarks/results/paper-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 --budget 16 --drafter ctc --drafter paper --drafter lookup --dtype float32 --json benchmarks/results/methods-float32.json
 	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
 
 # torch goes first and alone, so that the extra index can bring nothing but torch.
