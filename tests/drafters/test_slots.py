@@ -303,7 +303,7 @@ def test_without_label_context_the_draft_ignores_what_was_said(target: Target) -
         labels[0, 1] = labels[0, 0]
         labels[0, 1, 0] = (labels[0, 0, 0] + 1) % 300
         with torch.no_grad():
-            flat, rows, lengths = drafter.label_rows(labels, -100)
+            flat, rows, lengths = drafter.label_rows(labels)
             logits = torch.randn(1, 4, target.vocab_size).expand(2, -1, -1)
             (scores,) = drafter.prefix_scores(logits, torch.tensor([7, 7]), flat, rows, lengths)  # type: ignore[operator]
         second = scores[:, 1] - scores[:, 0]

@@ -156,6 +156,18 @@ class TrainableDrafter(Drafter):
         first = labels[..., 0]
         return float(((first != IGNORE) & (self.place[first.clamp_min(0)] >= 0)).sum())
 
+    def label_rows(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """labels (B, A, L) -> ids and places among the kept tokens, both (B * A, L), and usable lengths (B * A,).
+
+        A label counts up to the first token that is -100 or cannot be drafted.
+        """
+        labels = labels.flatten(0, 1)
+        valid = labels != IGNORE
+        labels = labels.clamp_min(0)
+        rows = self.place[labels]
+        lengths = (valid & (rows >= 0)).cumprod(-1).sum(-1)
+        return labels, rows.clamp_min(0), lengths
+
     # ------------------------------------------------------------ vocabulary
 
     def keep_tokens(self, count: int) -> None:

@@ -18,7 +18,7 @@ from ..lattice.loss import (
 )
 from ..target import Target
 from ..tree import DraftTree
-from .base import IGNORE, register
+from .base import register
 from .slots import SlotConfig, SlotDrafter, expected_acceptance
 
 
@@ -83,7 +83,7 @@ class CTCDrafter(SlotDrafter):
         possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         slots, roots = self.slots_at(features, token_ids, anchors)
-        labels, rows, lengths = self.label_rows(labels, IGNORE)
+        labels, rows, lengths = self.label_rows(labels)
         prefix, label_loss = self.in_pieces(self._scores, slots, roots, labels, rows, lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
         usable, metrics = expected_acceptance(prefix, lengths)

@@ -13,7 +13,7 @@ from ..lattice.loss import prefix_objective
 from ..packing import PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
-from .base import IGNORE, TrainableDrafter, linear_of, register
+from .base import TrainableDrafter, linear_of, register
 from .rollout import grow
 from .slots import expected_acceptance
 
@@ -145,17 +145,13 @@ class HydraDrafter(TrainableDrafter):
         """Cross-entropy of every head at the anchors, teacher-forced: weighted decay^(k-1)."""
         newest = features.gather(1, anchors[..., None].expand(-1, -1, features.shape[2])).flatten(0, 1)
         roots = token_ids.gather(1, anchors + 1).view(-1, 1)
-        labels = labels.flatten(0, 1)
-        valid = labels != IGNORE
-        labels = labels.clamp_min(0)
-        rows = self.place[labels]
-        lengths = (valid & (rows >= 0)).cumprod(-1).sum(-1)  # up to the first token that cannot be drafted
+        labels, rows, lengths = self.label_rows(labels)
         parts = self.parts(newest, torch.cat([roots, labels[:, :-1]], 1))
         width, weight = features.shape[2], self.kept_head()
         said = []
         for k, head in enumerate(self.heads):
             logits = F.linear(head(parts[:, : (k + 2) * width]), weight)
-            said.append(-F.cross_entropy(logits.float(), rows[:, k].clamp_min(0), reduction="none"))
+            said.append(-F.cross_entropy(logits.float(), rows[:, k], reduction="none"))
         prefix = torch.stack(said, 1).cumsum(1)
         loss = prefix_objective(prefix, self.config.decay, lengths)
         usable, metrics = expected_acceptance(prefix, lengths)

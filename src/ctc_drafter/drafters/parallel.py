@@ -8,7 +8,7 @@ import torch
 
 from ..lattice.loss import prefix_objective
 from ..target import Target
-from .base import IGNORE, register
+from .base import register
 from .slots import SlotConfig, SlotDrafter, expected_acceptance
 
 
@@ -47,7 +47,7 @@ class ParallelDrafter(SlotDrafter):
         possible: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         slots, roots = self.slots_at(features, token_ids, anchors)
-        labels, rows, lengths = self.label_rows(labels, IGNORE)
+        labels, rows, lengths = self.label_rows(labels)
         (prefix,) = self.in_pieces(self.prefix_scores, slots, roots, labels, rows, lengths)
         loss = prefix_objective(prefix, self.config.decay, lengths)
         usable, metrics = expected_acceptance(prefix, lengths)

@@ -196,18 +196,6 @@ class SlotDrafter(TrainableDrafter):
         done = [checkpoint(piece, *part, use_reentrant=False) for part in pieces]
         return tuple(torch.cat(parts) for parts in zip(*done))
 
-    def label_rows(self, labels: torch.Tensor, ignore: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """labels (B, A, L) -> ids and places among the kept tokens, both (B * A, L), and usable lengths (B * A,).
-
-        A label counts up to the first token that is `ignore` or cannot be drafted.
-        """
-        labels = labels.flatten(0, 1)
-        valid = labels != ignore
-        labels = labels.clamp_min(0)
-        rows = self.place[labels]
-        lengths = (valid & (rows >= 0)).cumprod(-1).sum(-1)
-        return labels, rows.clamp_min(0), lengths
-
 
 def _attention(config: Any, target: Target) -> DraftModule:
     width = target.hidden_size
