@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ctc_drafter.lattice import loss
 from ctc_drafter.lattice.best_first import best_first, prefix_log_prob
-from ctc_drafter.lattice.pool import Lattice, pool_lattice, pool_tokens
-from ctc_drafter.lattice.prefix import best_prefixes
+from ctc_drafter.lattice.pool import LabelContext, Lattice, pool_lattice, pool_tokens
+from ctc_drafter.lattice.prefix import best_prefixes, best_tree
 
 from .slot_paths import enumerate_context_texts, enumerate_texts, prefix_mass, random_log_probs
 
@@ -145,6 +145,26 @@ def test_wide_beam_is_best_first(topology, seed, batch, slots, pool, budget, max
         assert len(set(nodes)) == len(nodes)
         own = [prefix_log_prob(lattice, node, row) for node in nodes]
         assert tree.log_probs[row, real].tolist() == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("pool", [5, 24, 60])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_search_over_slots_is_the_search_over_their_lattice(topology, pool):
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(1, 7, 61, generator=generator)
+    keys, values, root = (torch.randn(n, 6, generator=generator) for n in (60, 61, 1))
+    context = LabelContext(keys, values, root) if topology == "context" else None
+    merge = topology == "merge"
+    tokens = pool_tokens(logits, pool)
+    lattice = pool_lattice(logits, tokens, None if context is None else context.of_pool(tokens), merge)
+    for depth, budget in ((None, 12), (3, 5)):
+        tree = best_tree(logits, budget, pool=pool, max_depth=depth, context=context, merge=merge)
+        tree.check()
+        expected = best_first(lattice, budget, depth)
+        assert tree_paths(tree) == tree_paths(expected)
+        torch.testing.assert_close(tree.log_probs, expected.log_probs)
+        on_device = best_prefixes(lattice, budget, depth)
+        assert set(tree_paths(on_device)) == set(tree_paths(tree))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

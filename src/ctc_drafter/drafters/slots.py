@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..lattice.pool import pool_lattice, pool_tokens
+from ..lattice.pool import LabelContext
 from ..lattice.prefix import best_tree
 from ..packing import PackedLinears
 from ..target import LAST, Target
@@ -95,7 +95,8 @@ class SlotDrafter(TrainableDrafter):
         if blank:
             self.blank = nn.Parameter(torch.zeros(1, width))
         self.keep_tokens(config.vocabulary)
-        self._ready: Any = None
+        self._head: tuple[nn.Linear, ...] = ()  # over the kept tokens, hidden from parameters() and state_dict()
+        self._tables: tuple[torch.Tensor, ...] | None = None  # label context: keys of all tokens, of the kept, values
         if context:
             self.context_down = nn.Linear(width, config.context_rank, bias=False)
             self.context_up = nn.Linear(config.context_rank, width, bias=False)
@@ -130,9 +131,13 @@ class SlotDrafter(TrainableDrafter):
     def prepare(self) -> None:
         super().prepare()
         head = linear_of(self.head_rows())
-        vocabulary = torch.arange(self.target.vocab_size, device=self.target.device)
-        tables = (self._context_key(vocabulary), self._padded(self._context_value())) if self.has_context else None
-        self._ready = (head, tables)
+        self._head = (head,)
+        if self.has_context:
+            keys = self._context_key(torch.arange(self.target.vocab_size, device=self.target.device))
+            values = self._padded(self._context_value())
+            if self.target.device.type == "cpu":
+                keys, values = keys.float(), values.float()  # the search on the host knows no bfloat16
+            self._tables = (keys, keys[self.kept] if self.config.vocabulary else keys, values)
         packed = PackedLinears([head, *(m for m in self.module.modules() if type(m) is nn.Linear)])
         packed.prepare(self.config.slots)
 
@@ -146,8 +151,7 @@ class SlotDrafter(TrainableDrafter):
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
         context = self.module.context(features, self.target.embedding(next_tokens))
-        head, _ = self._ready
-        logits: torch.Tensor = head(self.module.step(context))
+        logits: torch.Tensor = self._head[0](self.module.step(context))
         if not self.has_blank:
             logits = F.pad(logits, (0, 1), value=-torch.inf)
         return logits, next_tokens[:, -1:]
@@ -159,16 +163,13 @@ class SlotDrafter(TrainableDrafter):
         """The best tree for slot logits (1, N, K + 1) after the root (1, 1)."""
         if budget == 0:
             return DraftTree.empty(1, logits.device)
-        logits = logits.float()
-        rows = pool_tokens(logits, min(max(self.config.pool, budget), len(self.kept)))
-        pool = self.kept[rows]
         context = None
-        if self.has_context:
-            _, (keys, values) = self._ready
-            blank = torch.full_like(root, len(self.kept))
-            context = keys[torch.cat([pool, root], 1)], values[torch.cat([rows, blank], 1)]
-        lattice = replace(pool_lattice(logits, rows, context, merge), pool=pool)
-        return best_tree(lattice, budget, self.config.labels)
+        if self._tables is not None:
+            keys, kept_keys, values = self._tables
+            context = LabelContext(kept_keys, values, keys[root[:, 0]])
+        pool = min(max(self.config.pool, budget), len(self.kept))
+        tree = best_tree(logits, budget, pool=pool, max_depth=self.config.labels, context=context, merge=merge)
+        return tree if self.config.vocabulary == 0 else replace(tree, tokens=self.kept[tree.tokens])
 
     # ------------------------------------------------------------ training
 

@@ -1,17 +1,22 @@
-"""The most probable prefixes by best-first search, on the host: the specification of ``lattice.prefix``, in arrays."""
+"""The most probable prefixes by best-first search, on the host in arrays: the specification of ``lattice.prefix``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ctc_drafter.tree import ROOT, DraftTree
 
-from .pool import MAX_BIAS, MIN_PROB, Lattice
+from .pool import MAX_BIAS, MIN_PROB, LabelContext, Lattice
+
+_Node = tuple[int, int, int, float]
+"""Pool index, parent, depth, log probability."""
 
 
 class _Extensions:
@@ -20,9 +25,9 @@ class _Extensions:
     def __init__(self, row: _Row, arrived: list[float], last: int | None) -> None:
         """arrived (N+1,): by position 0..N, the mass of the slot paths that first emit ``last`` there (0: no label)."""
         blank, self._weight = row.blank, None
-        if row.keys is not None:
-            bias = row.keys[row.size if last is None else last] @ row.values
-            self._weight = np.exp(np.clip(bias, -MAX_BIAS, MAX_BIAS))
+        if row.key is not None:
+            bias = row.values @ row.key(last)
+            self._weight = np.exp(np.minimum(np.maximum(bias, -MAX_BIAS), MAX_BIAS))
             normalizer = row.probs @ self._weight
             blank = blank * self._weight[row.size] / normalizer
         repeat = row.labels[:, last].tolist() if row.merge and last is not None else None
@@ -51,13 +56,21 @@ class _Extensions:
 class _Row:
     """One row of a lattice as arrays."""
 
-    def __init__(self, lattice: Lattice, row: int) -> None:
-        self.merge, self.size = lattice.merge, lattice.pool.shape[1]
-        self.probs: Any = lattice.logits[row].detach().softmax(-1).cpu().numpy()  # (N, C)
-        self.labels, self.blank = self.probs[:, : self.size], self.probs[:, self.size]
-        self.keys: Any = None if lattice.keys is None else lattice.keys[row].detach().cpu().numpy()
-        self.values: Any = None if lattice.values is None else lattice.values[row].detach().T.contiguous().cpu().numpy()
-        self.start = [1.0] + [0.0] * len(self.probs)
+    def __init__(self, probs: Any, key: Callable[[int | None], Any] | None, values: Any, merge: bool) -> None:
+        """probs (N, C); key of a pool token, or of the root for None, (r,), and values (C, r), if there is context."""
+        self.merge, self.size = merge, probs.shape[1] - 2
+        self.probs: Any = probs
+        self.labels, self.blank = np.ascontiguousarray(probs[:, : self.size]), probs[:, self.size]
+        self.key, self.values = key, values
+        self.start = [1.0] + [0.0] * len(probs)
+
+    @classmethod
+    def of(cls, lattice: Lattice, row: int) -> _Row:
+        probs = lattice.logits[row].detach().softmax(-1).cpu().numpy()
+        if lattice.keys is None or lattice.values is None:
+            return cls(probs, None, None, lattice.merge)
+        keys, values = (t[row].detach().cpu().numpy() for t in (lattice.keys, lattice.values))
+        return cls(probs, lambda last: keys[-1 if last is None else last], values, lattice.merge)
 
 
 def _may_emit(arrived: list[float], blank: list[float], repeat: list[float] | None) -> tuple[list[float], list[float]]:
@@ -80,7 +93,7 @@ def _may_emit(arrived: list[float], blank: list[float], repeat: list[float] | No
 
 def prefix_log_prob(lattice: Lattice, sequence: tuple[int, ...], row: int = 0) -> float:
     """log P(the text starts with ``sequence``), pool indices, by the forward recursion."""
-    table = _Row(lattice, row)
+    table = _Row.of(lattice, row)
     arrived, last = table.start, None
     for label in sequence:
         arrived, last = _Extensions(table, arrived, last).arrived(label), label
@@ -92,23 +105,61 @@ def best_first(lattice: Lattice, budget: int, max_depth: int | None = None) -> D
     """The ``budget`` most probable prefixes of every row as a draft tree, most probable first.
 
     Always extends the most probable prefix not yet extended, which is exact since a child is never more probable than
-    its parent. Runs on the host: the fastest search for one sequence on a CPU. Missing candidates, and those below
-    MIN_PROB, are padding. ``max_depth`` defaults to N.
+    its parent. Missing candidates, and those below MIN_PROB, are padding. ``max_depth`` defaults to N.
     """
     levels = lattice.logits.shape[1] if max_depth is None else max_depth
-    device = lattice.pool.device
-    nodes = [_best_nodes(_Row(lattice, i), budget, levels) for i in range(len(lattice.pool))]
-    labels, parents, depths = (
-        torch.tensor([[node[k] for node in row] for row in nodes], device=device).view(-1, budget) for k in range(3)
-    )
+    nodes = [_best_nodes(_Row.of(lattice, i), budget, levels) for i in range(len(lattice.pool))]
+    return _packed(nodes, lattice.pool.tolist(), budget, lattice.pool.device)
+
+
+def best_first_of_slots(
+    slot_logits: Tensor,
+    size: int,
+    budget: int,
+    max_depth: int | None = None,
+    context: LabelContext | None = None,
+    merge: bool = False,
+) -> DraftTree:
+    """`best_first` over the lattice that `pool_tokens` and `pool_lattice` would make, all of it in arrays.
+
+    slot_logits (1, N, V+1), blank last; the pool has ``size`` tokens. The fastest search for one sequence on a CPU:
+    on arrays of this size most of a tensor operation's time is its dispatch.
+    """
+    every = slot_logits[0].float().softmax(-1).numpy()
+    peak = every[:, :-1].max(0)
+    pool = np.argpartition(peak, -size)[-size:] if size < len(peak) else np.arange(len(peak))
+    probs = np.empty((len(every), size + 2), dtype=every.dtype)
+    np.take(every, pool, axis=1, out=probs[:, :size])
+    probs[:, size] = every[:, -1]
+    np.maximum(1 - probs[:, : size + 1].sum(1), 0, out=probs[:, size + 1])
+    key = values = None
+    if context is not None:
+        keys, root = context.keys.numpy(), context.root[0].numpy()
+        values = np.zeros((size + 2, len(root)), dtype=root.dtype)
+        np.take(context.values.numpy(), pool, axis=0, out=values[:size])
+        values[size] = context.values[-1].numpy()
+
+        def key(last: int | None) -> Any:
+            return root if last is None else keys[pool[last]]
+
+    levels = len(every) if max_depth is None else max_depth
+    nodes = _best_nodes(_Row(probs, key, values, merge), budget, levels)
+    return _packed([nodes], [pool.tolist()], budget, slot_logits.device)
+
+
+def _packed(nodes: list[list[_Node]], pools: list[list[int]], budget: int, device: torch.device) -> DraftTree:
+    rows = [
+        [[pool[label] if p > -math.inf else 0 for label, _, _, p in row], [n[1] for n in row], [n[2] for n in row]]
+        for row, pool in zip(nodes, pools)
+    ]
+    packed = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 3, budget)
     log_probs = torch.tensor([[node[3] for node in row] for row in nodes], device=device).view(-1, budget)
-    tokens = lattice.pool.gather(1, labels).masked_fill_(log_probs == -math.inf, 0)
-    return DraftTree(tokens, parents, depths, log_probs)
+    return DraftTree(packed[:, 0], packed[:, 1], packed[:, 2], log_probs)
 
 
-def _best_nodes(row: _Row, budget: int, levels: int) -> list[tuple[int, int, int, float]]:
-    """(pool index, parent, depth, log probability) of the best nodes, padded to the budget."""
-    nodes: list[tuple[int, int, int, float]] = []
+def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
+    """The best nodes, padded to the budget."""
+    nodes: list[_Node] = []
     candidates: list[tuple[float, int, int, int, _Extensions]] = []  # no more than can still be taken; best last
     parent, depth, arrived, last = ROOT, 1, row.start, None
     while len(nodes) < budget:

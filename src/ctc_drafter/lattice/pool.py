@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ MAX_BIAS = 60.0
 """Bound of a context's bias, far beyond what is learned: its exponential must stay a float32 number."""
 MIN_PROB = 1e-30
 """Less probable nodes become padding: near float32's smallest numbers a child could round to above its parent."""
+
+
+class LabelContext(NamedTuple):
+    """How the last emitted token u biases the next label c of a vocabulary of V: keys[u] @ values[c].
+
+    keys (V, r); values (V+1, r), the blank's last; root (B, r): the key of each row's root. In float32 on a CPU.
+    """
+
+    keys: Tensor
+    values: Tensor
+    root: Tensor
+
+    def of_pool(self, pool: Tensor) -> tuple[Tensor, Tensor]:
+        """For `pool_lattice`: keys of pool (B, M) and root, values of pool and blank, both (B, M+1, r)."""
+        blank = torch.full_like(pool[:, :1], len(self.values) - 1)
+        return torch.cat([self.keys[pool], self.root.unsqueeze(1)], 1), self.values[torch.cat([pool, blank], 1)]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from ctc_drafter.tree import DraftTree
 
-from .best_first import best_first
-from .pool import MAX_BIAS, MIN_PROB, Lattice
+from .best_first import best_first_of_slots
+from .pool import MAX_BIAS, MIN_PROB, LabelContext, Lattice, pool_lattice, pool_tokens
 
 LOG_ZERO = -1e4
 """Stands in for log 0 where it is multiplied by 0: exp of it is 0."""
@@ -26,10 +26,23 @@ CHILD_DISCOUNT = 1 - 1e-5
 """Selection factor per level, beyond rounding errors: a child never ties with its parent, so its parent is selected."""
 
 
-def best_tree(lattice: Lattice, budget: int, max_depth: int | None = None) -> DraftTree:
-    """The draft tree with the largest expected accepted length: `best_first` on a CPU, `best_prefixes` elsewhere."""
-    if lattice.pool.device.type == "cpu" and lattice.pool.shape[0] == 1:
-        return best_first(lattice, budget, max_depth)
+def best_tree(
+    slot_logits: Tensor,
+    budget: int,
+    *,
+    pool: int,
+    max_depth: int | None = None,
+    context: LabelContext | None = None,
+    merge: bool = False,
+) -> DraftTree:
+    """The draft tree with the largest expected accepted length, over the ``pool`` likeliest tokens.
+
+    slot_logits (B, N, V+1), blank last. `best_first` for one row on a CPU, `best_prefixes` elsewhere.
+    """
+    if slot_logits.device.type == "cpu" and slot_logits.shape[0] == 1:
+        return best_first_of_slots(slot_logits, pool, budget, max_depth, context, merge)
+    tokens = pool_tokens(slot_logits, pool)
+    lattice = pool_lattice(slot_logits, tokens, None if context is None else context.of_pool(tokens), merge)
     return best_prefixes(lattice, budget, max_depth)
 
 
