@@ -368,3 +368,25 @@ def test_wandb_that_is_missing_is_said_before_any_work(recipe: TrainConfig, monk
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         train(replace(recipe, target="nowhere"), wandb=True)
+
+
+# ---------------------------------------------------------------- training on
+
+
+def test_init_takes_the_weights_of_another_run(recipe: TrainConfig, tmp_path: Path) -> None:
+    first = train(recipe)
+    still = replace(recipe, output=str(tmp_path / "second"), init=str(first), lr_matrix=0.0, lr_other=0.0, seed=3)
+    mine, theirs = weights(train(still)), weights(first)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, msg=name)
+
+
+def test_init_that_does_not_fit_is_refused(recipe: TrainConfig, tmp_path: Path) -> None:
+    first = train(recipe)
+    other = replace(recipe, output=str(tmp_path / "second"), init=str(first))
+    wider = {**recipe.drafter, "context_rank": 9}
+    for changes in ({"drafter": wider}, {"kind": "medusa", "drafter": {}}, {"init": str(tmp_path / "none")}):
+        with pytest.raises(UserError, match="cannot be trained on from"):
+            train(replace(other, **changes))
+    assert not (tmp_path / "second").exists()

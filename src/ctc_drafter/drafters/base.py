@@ -206,6 +206,22 @@ def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
 
 
+def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
+    """Start `drafter` from the weights of a folder of the same kind and shape, whatever target and vocabulary it had.
+
+    Raises UserError if the folder cannot be read or does not fit.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["speculators_model_type"]
+        weights = load_file(folder / "model.safetensors")
+        if kind != drafter.kind:
+            raise ValueError(f"it holds a drafter of kind '{kind}', not '{drafter.kind}'")
+        drafter.load_state_dict({**weights, "kept": drafter.kept})
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"Drafter '{folder}' cannot be trained on from: {reason}") from None
+
+
 def load_trainable(folder: Path, target: Target) -> Drafter:
     """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
     try:

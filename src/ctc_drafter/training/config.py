@@ -25,6 +25,8 @@ class TrainConfig:
     kind: str = "ctc"
     drafter: dict[str, Any] = field(default_factory=dict)
     """The drafter's own config, for `ctc` the fields of CTCConfig."""
+    init: str | None = None
+    """Drafter folder to train on from: of the same kind and shape, whatever target it was made for."""
     steps: int = 1000
     batch: int = 16
     """Sequences in a step, of all processes together."""

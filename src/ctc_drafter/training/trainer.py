@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..config import from_mapping
 from ..drafters import DRAFTERS, TrainableDrafter
+from ..drafters.base import take_weights
 from ..errors import UserError
 from ..target import Target
 from .checkpoint import check_recipe, recover_training_state
@@ -80,6 +81,8 @@ def _prepare(config: TrainConfig, processes: Processes, console: Console) -> Set
     )
     torch.manual_seed(config.seed)
     drafter: TrainableDrafter = cls(from_mapping(cls.config_class, dict(config.drafter), "drafter"), target)
+    if config.init is not None:
+        take_weights(Path(config.init), drafter)
     drafter.to(target.device)
     target.capture(drafter.feature_layers)
     train_set, held_set = read_sequences(config, target)
