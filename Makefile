@@ -35,13 +35,18 @@ type: $(STAMP)
 check: lint type test-all
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
-embedded: $(STAMP)
+embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-2.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
 	$(BIN)/python benchmarks/model_card.py src/ctc_drafter/embedded
+
+runs/embedded/functions.jsonl: recipes/python_functions.txt recipes/python_functions.py | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target runs/embedded/packages -r recipes/python_functions.txt
+	$(BIN)/python recipes/python_functions.py runs/embedded/packages $@
 
 # The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.
 EVAL ?= data/eval

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 CARD = """# The embedded models
 
@@ -17,7 +18,8 @@ everything in this package can be run offline. The target has seen few tokens fo
 (worked sums, lists, explanations of code), mostly in whole sentences, often wrong, now and then with words that do not exist. Do
 not ask it for facts, and read figures measured on it as figures of the method and the engine, not of a useful model.
 
-Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
+Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml`, `embedded-distill.yaml`,
+`embedded-ctc.yaml`, `paper.yaml`).
 Weights are safetensors in bfloat16; licence Apache-2.0.
 
 ## Data
@@ -33,18 +35,14 @@ Weights are safetensors in bfloat16; licence Apache-2.0.
 | allenai/WildBench: model answers | Apache-2.0 |
 | MicrosoftDocs/cpp-docs | CC-BY-4.0 |
 | python/peps | public domain or CC0 |
+| functions of {packages} | BSD-3-Clause, MIT or Apache-2.0 |
 
 Rows that share 13 consecutive words with a prompt of MT-bench, GSM8K (test), HumanEval or Spec-Bench were dropped. One prompt in a
-hundred, with all its answers, was held out. The drafters were trained on the target's own greedy answers to prompts of this corpus.
+hundred, with all its answers, was held out (of both parts' own data, so their held-out losses do not compare). The drafters were trained on the target's own greedy answers to prompts of this corpus.
 
 ## Target: loss in nats per token
 
-| step | training | held-out |
-| --- | --- | --- |
-{losses}
-
-Then {unlikelihood} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
-greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}. Held-out loss of the shipped weights: {final:.3f}.
+{parts}
 
 ## Drafters: held-out figures while training
 
@@ -54,10 +52,41 @@ greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}.
 """
 
 
+PART = """Part {number}, {tokens:,} tokens:
+
+| step | training | held-out |
+| --- | --- | --- |
+{losses}
+
+Then {unlikelihood} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
+greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}. Held-out loss of the weights as written: {final:.3f}."""
+PACKAGES = Path(__file__).parent.parent / "recipes" / "python_functions.txt"
+
+
+def runs_of(target: Path) -> list[dict[str, Any]]:
+    """What `pretrain` recorded of the target and of what it was trained on from, the first part first."""
+    runs = [json.loads((target / "pretrain.json").read_text())]
+    while "before" in runs[0]:
+        runs.insert(0, runs[0]["before"])
+    return runs
+
+
+def part(number: int, run: dict[str, Any]) -> str:
+    """The loss table of one part."""
+    return PART.format(
+        number=number,
+        tokens=run["tokens"],
+        losses="\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"]),
+        unlikelihood=len(run["unlikelihood"]) * 10,
+        loops_before=run["unlikelihood"][0]["looped"],
+        loops_after=run["unlikelihood"][-1]["looped"],
+        final=run["held_out_loss"],
+    )
+
+
 def main(folder: Path) -> None:
     config = json.loads((folder / "target" / "config.json").read_text())
-    run = json.loads((folder / "target" / "pretrain.json").read_text())
-    losses = "\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"])
+    runs = runs_of(folder / "target")
     width, inner = config["hidden_size"], config["intermediate_size"]
     kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
@@ -80,12 +109,9 @@ def main(folder: Path) -> None:
         width=width,
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
-        tokens=run["tokens"],
-        losses=losses,
-        unlikelihood=len(run["unlikelihood"]) * 10,
-        loops_before=run["unlikelihood"][0]["looped"],
-        loops_after=run["unlikelihood"][-1]["looped"],
-        final=run["held_out_loss"],
+        tokens=sum(run["tokens"] for run in runs),
+        parts="\n\n".join(part(i, run) for i, run in enumerate(runs, 1)),
+        packages=", ".join(line.partition("==")[0] for line in PACKAGES.read_text().split()),
         drafters="\n\n".join(drafters),
         labels=labels,
     )

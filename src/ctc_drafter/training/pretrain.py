@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class PretrainConfig:
     z_loss: float = 1e-4
     compile: bool = True
     device: str = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the passes, whichever the machine is faster in; the optimizer works in float32, the result is bfloat16."""
     unlikelihood_steps: int = 0
     """Steps of fine-tuning against repeating loops, after the last of `steps`."""
     unlikelihood_batch: int = 32
@@ -111,9 +113,12 @@ def pretrain(config: PretrainConfig) -> Path:
             )
         model, history = _optimize(config, tokenizer, blocks, held, work, progress)
         loops = _against_loops(config, model, tokenizer, blocks, work, progress)
+        model = model.to(torch.bfloat16)
         final = _held_out_loss(model, held, config)
     card = {"recipe": asdict(config), "tokens": config.steps * config.batch * config.block, "history": history}
     card |= {"unlikelihood": loops, "held_out_loss": final}
+    if config.init is not None and (before := Path(config.init) / "pretrain.json").is_file():
+        card["before"] = json.loads(before.read_text())
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -124,7 +129,7 @@ def pretrain(config: PretrainConfig) -> Path:
     return output
 
 
-FREE = {"output", "device", "compile", "steps", "decay", "checkpoint_every"} | {
+FREE = {"output", "device", "dtype", "compile", "steps", "decay", "checkpoint_every"} | {
     f"unlikelihood_{name}" for name in ("steps", "batch", "tokens", "lr", "weight")
 }
 """What may change between a run and its continuation; the rest decides the data and the weights."""
@@ -302,7 +307,7 @@ def _optimize(
     model = _new_model(config, tokenizer)
     model = model.to(resolve_device(config.device))
     masters = fp32_masters(model)
-    model = model.to(torch.bfloat16)
+    model = model.to(getattr(torch, config.dtype))
     chunk_step: Any = partial(_chunk_step, z_loss=config.z_loss)
     body: Any = model.model
     if config.compile:
