@@ -455,3 +455,6 @@ def _print_recipe(recipe: Any) -> None:
     import yaml
 
     print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="")
+
+
+from .serving import command as _serving  # noqa: E402, F401  (adds serve and chat; it needs the names above)

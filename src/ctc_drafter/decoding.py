@@ -34,6 +34,8 @@ class Step:
     """Time by phase: `prefill` for the first step, else those of PHASES."""
     finish: str | None = None
     """`stop` or `length` on the last step."""
+    tree: DraftTree | None = None
+    """The draft tree that was scored; None for the first step, which reads the prompt."""
 
 
 class _Clock:
@@ -83,8 +85,8 @@ class _Sequence:
         self.context = prompt_ids + tokens
         return tokens
 
-    def step(self, budget: int, clock: _Clock) -> tuple[list[int], int]:
-        """Draft, score, accept, commit; returns the new tokens (the accepted ones and one more) and the tree's size."""
+    def step(self, budget: int, clock: _Clock) -> tuple[list[int], DraftTree]:
+        """Draft, score, accept, commit; returns the new tokens (the accepted ones and one more) and the tree."""
         target, drafter = self.target, self.drafter
         if drafter.serves is not self._ticket and not drafter.stateless:
             raise UserError("Another generation has begun with this drafter; load one drafter for each at a time.")
@@ -104,7 +106,7 @@ class _Sequence:
         self.features, self.next_tokens = features.index_select(1, kept), chosen.index_select(1, kept)
         self.context += tokens
         clock.lap("commit")
-        return tokens, tree.budget
+        return tokens, tree
 
 
 @torch.inference_mode()
@@ -147,9 +149,9 @@ def generate(
     yield Step(emitted, 0, 0, clock.seconds, finish)
     while finish is None:
         clock = _Clock(target.device, profile)
-        tokens, drafted = sequence.step(budget, clock)
+        tokens, tree = sequence.step(budget, clock)
         emitted, finish = ending.cut(tokens)
-        yield Step(emitted, min(len(emitted), len(tokens) - 1), drafted, clock.seconds, finish)
+        yield Step(emitted, min(len(emitted), len(tokens) - 1), tree.budget, clock.seconds, finish, tree)
 
 
 class _Ending:

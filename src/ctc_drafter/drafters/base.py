@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -76,6 +77,17 @@ class Drafter(nn.Module):
         Returns the mean loss and named detached metrics.
         """
         raise NotImplementedError
+
+    def twin(self) -> Self:
+        """A drafter of the same weights with a sequence of its own, so that each can serve a generation meanwhile.
+
+        What `start` makes must be plain attributes of the drafter or of its direct submodules, and made anew each time:
+        these objects are copied, everything below them (layers, parameters, packed weights) is shared.
+        """
+        other = copy.copy(self)
+        other._modules = {name: copy.copy(module) for name, module in self._modules.items()}
+        other.serves = None
+        return other
 
     @property
     def num_parameters(self) -> int:
