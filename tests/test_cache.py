@@ -44,7 +44,7 @@ def test_passes_and_compactions(shapes: list[tuple[int, int, int]], seed: int) -
                 assert torch.equal(mine, want)
         assert cache.get_seq_length() == naive.kept[0][0].shape[2]  # a pass alone commits nothing
         offsets = sorted(rng.sample(range(q), rng.randint(1, q)))
-        cache.keep(offsets)
+        cache.keep([offsets])
         naive.keep(passed, offsets)
         assert cache.length == cache.get_seq_length() == naive.kept[0][0].shape[2]
 
@@ -62,7 +62,7 @@ def test_keeping_a_prefix_copies_nothing() -> None:
     keys = torch.arange(3.0).reshape(1, 1, 3, 1)
     cache.update(keys, keys, 0)
     before = cache._planes[0]._version
-    cache.keep([0, 1])
+    cache.keep([[0, 1]])
     assert cache.length == 2 and cache._planes[0]._version == before
     assert torch.equal(cache.update(keys[:, :, :1], keys[:, :, :1], 0)[0].flatten(), torch.tensor([0.0, 1.0, 0.0]))
 
@@ -78,7 +78,7 @@ def test_caches_are_independent() -> None:
     first, second = SlotCache(1, 4), SlotCache(1, 4)
     one = torch.ones(1, 1, 1, 1)
     first.update(one, one, 0)
-    first.keep([0])
+    first.keep([[0]])
     assert second.length == 0
     assert torch.equal(second.update(2 * one, one, 0)[0], 2 * one)
     assert torch.equal(first.update(3 * one, one, 0)[0].flatten(), torch.tensor([1.0, 3.0]))
