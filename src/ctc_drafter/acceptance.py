@@ -64,9 +64,9 @@ class Sampling:
 class Chooser:
     """Chooses the target's own next token after the root and after every node of the tree.
 
-    A sample is argmax(scores + g), g being Gumbel noise, which draws from softmax(scores) exactly (the Gumbel-max trick).
-    The noise belongs to a position of the text and is drawn in the order of positions, so all nodes at one depth share
-    it. Therefore the emitted text is the one that plain decoding would sample with this seed, whatever tree was scored.
+    A sample is argmax(scores + g) with Gumbel noise g, which is a draw from softmax(scores) (the Gumbel-max trick). The
+    noise belongs to a position of the text and is drawn in the order of positions; all nodes at one depth share it. So
+    the emitted text is the one that plain decoding samples with this seed, whatever trees are scored.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:

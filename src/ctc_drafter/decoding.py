@@ -74,9 +74,9 @@ class Row:
         """Pairs of feature and next token that the drafter has not seen: (1, n, F * hidden_size) and (1, n)."""
         self._ticket = object()
 
-    def begin(self, prompt_ids: list[int], features: torch.Tensor, root: torch.Tensor, capacity: int) -> list[int]:
+    def begin(self, prompt_ids: list[int], features: torch.Tensor, root: torch.Tensor) -> list[int]:
         """The prompt is read: features (1, P, F * hidden_size), the first token chosen (1, 1); returns that token."""
-        self.drafter.start(capacity)
+        self.drafter.start(len(prompt_ids) + self.ending.limit)
         self.drafter.serves = self._ticket
         self.root = root
         known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=root.device)
@@ -133,7 +133,7 @@ class Loop:
             logits, features = target.prefill(prompt_ids, self.cache, place)
             empty = DraftTree.empty(1, target.device)
             root = row.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
-            tokens = row.begin(prompt_ids, features, root, self.capacity)
+            tokens = row.begin(prompt_ids, features, root)
         except BaseException:
             self.leave(row)
             raise
