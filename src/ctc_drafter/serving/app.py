@@ -63,7 +63,7 @@ class Service:
         if self.key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self.key.encode())
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode())  # headers are decoded as latin-1
         if scheme.lower() != "bearer" or not same:
             raise ApiError(
                 401,
