@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import TEXTS, build_drafter
 from ctc_drafter.acceptance import Sampling
-from ctc_drafter.batch import Batch, RowError
+from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
@@ -170,7 +170,7 @@ def play(batch: Batch, actions: list[Any]) -> Iterator[tuple[Request, list[Step]
                     batch.add(list(action.prompt), **action.options())
                 step()
                 continue
-            key = batch.add(list(action.prompt), **action.options(), draft=action.draft)
+            key = batch.add(list(action.prompt), **action.options(), drafter=None if action.draft else NoDrafter())
             requests[key], steps[key] = action, []
             running.append(key)
         elif running:
@@ -280,7 +280,7 @@ def test_rows_without_a_draft_beside_others(endless: Target, drafter_folder: Pat
     drafter = load_drafter(str(drafter_folder), endless)
     prompts = prompts_of(endless)
     batch = Batch(endless, drafter, rows=5, budget=BUDGET, adaptive=False)
-    keys = [batch.add(p, max_new_tokens=TOKENS, draft=bool(i % 2)) for i, p in enumerate(prompts)]
+    keys = [batch.add(p, max_new_tokens=TOKENS, drafter=None if i % 2 else NoDrafter()) for i, p in enumerate(prompts)]
     for i, (steps, prompt) in enumerate(zip(run_all(batch, keys), prompts)):
         alone = drafter if i % 2 else NoDrafter()
         assert shape(steps) == shape(list(generate(endless, alone, prompt, max_new_tokens=TOKENS, budget=BUDGET)))
@@ -301,7 +301,7 @@ def test_garbage_of_other_rows_changes_nothing(kind: str, tmp_path: Path) -> Non
         with torch.inference_mode():
             cache = target.new_cache(CONTEXT)
             for i, prompt in enumerate(prompts):
-                target.prefill(prompt, cache, i and cache.claim())
+                target.prefill(prompt, cache, i and cache.claim(CONTEXT))
             for plane in cache._planes:
                 for row, length in enumerate(cache.lengths):
                     plane[:, row, :, 0 if row == 1 else length :] += poison
@@ -372,6 +372,24 @@ def test_impossible_sizes(sizes: dict[str, int], target: Target) -> None:
         Batch(target, NoDrafter(), **sizes)  # type: ignore[arg-type]
 
 
+def test_memory_follows_the_rows(endless: Target) -> None:
+    """A long row makes all rows long while it is there, and no longer."""
+    prompt = prompts_of(endless)[2]
+    want = joined(list(generate(endless, NoDrafter(), prompt, max_new_tokens=TOKENS)))
+    batch = Batch(endless, NoDrafter(), rows=8, budget=0)
+    short = batch.add(prompt, max_new_tokens=TOKENS)
+    steps = [step for _, step in batch.step()]
+    alone = batch.nbytes
+    long = batch.add([9] * 100, max_new_tokens=50)
+    steps += [step for key, step in batch.step() if key == short]
+    assert batch.nbytes > 4 * alone
+    batch.cancel(long)
+    assert batch.nbytes <= 2 * alone
+    while len(batch):
+        steps += [step for _, step in batch.step()]
+    assert joined(steps) == want
+
+
 def test_an_idle_batch_holds_no_memory(endless: Target, drafter_folder: Path) -> None:
     batch = Batch(endless, load_drafter(str(drafter_folder), endless), rows=4, budget=4)
     assert batch.nbytes == 0
@@ -388,7 +406,6 @@ def test_an_idle_batch_holds_no_memory(endless: Target, drafter_folder: Path) ->
 
 
 def test_a_prompt_that_fails_ends_its_row_alone(endless: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps that were already made are not lost."""
     prompts = prompts_of(endless)[:3]
     want = [joined(list(generate(endless, NoDrafter(), p, max_new_tokens=TOKENS))) for p in prompts]
     batch = Batch(endless, NoDrafter(), rows=3, budget=0)
@@ -404,12 +421,12 @@ def test_a_prompt_that_fails_ends_its_row_alone(endless: Target, monkeypatch: py
         return original(self, ids, cache, row)
 
     monkeypatch.setattr(Target, "prefill", prefill)
-    with pytest.raises(RowError) as error:
-        batch.step()
-    assert error.value.key == bad and len(batch) == 2
+    steps[bad] = []
     while len(batch):
         for key, step in batch.step():
             steps[key].append(step)
+    [failed] = steps[bad]
+    assert failed.finish == "error" and str(failed.error) == "no memory" and not failed.tokens
     assert joined(steps[first]) == want[0] and joined(steps[last]) == want[2]
 
 
@@ -420,9 +437,43 @@ def test_a_pass_that_fails_loses_the_running_rows_only(endless: Target, monkeypa
     waiting = batch.add([9, 31])
     with monkeypatch.context() as patch:
         patch.setattr(Target, "score", lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            batch.step()
+        lost, begun = batch.step()
+    assert isinstance(lost[1].error, ZeroDivisionError) and lost[1].finish == "error"
+    assert begun[0] == waiting and begun[1].finish is None
     assert len(batch) == 1 and [key for key, _ in batch.step()] == [waiting]
+
+
+@pytest.mark.parametrize("phase", ["draft", "tree"])
+def test_a_drafter_that_fails_ends_its_row_alone(phase: str, endless: Target) -> None:
+    class Broken(NoDrafter):
+        def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
+            assert phase != "draft", "broken on purpose"
+            return super().draft(features, next_tokens)
+
+        def tree(self, guess: Any, budget: int) -> DraftTree:
+            assert phase != "tree", "broken on purpose"
+            return super().tree(guess, budget)
+
+    prompts = prompts_of(endless)[:3]
+    batch = Batch(endless, load_drafter("lookup", endless), rows=3, budget=4, adaptive=False)
+    keys = [batch.add(p, max_new_tokens=TOKENS, drafter=Broken() if i == 1 else None) for i, p in enumerate(prompts)]
+    for i, (steps, prompt) in enumerate(zip(run_all(batch, keys), prompts)):
+        if i == 1:
+            assert [step.finish for step in steps] == [None, "error"] and isinstance(steps[1].error, AssertionError)
+        else:
+            assert joined(steps) == joined(list(generate(endless, NoDrafter(), prompt, max_new_tokens=TOKENS)))
+
+
+def test_drafters_of_one_batch_read_the_same_layers(endless: Target, tmp_path: Path) -> None:
+    both = [
+        load_drafter(str(build_drafter(tmp_path / f"d{i}", endless, feature_layers=layers)), endless)
+        for i, layers in enumerate(([-1], [1, -1]))
+    ]
+    batch = Batch(endless, both[0], rows=3)
+    with pytest.raises(UserError, match=r"reads the layers \[1, -1\] of the target and the batch's reads \[-1\]"):
+        batch.add([5, 6], drafter=both[1])
+    batch.add([5, 6], drafter=load_drafter("lookup", endless))
+    assert len(batch) == 1 and len(batch.step()) == 1
 
 
 # ---------------------------------------------------------------- pace
@@ -439,7 +490,7 @@ def test_drafting_stops_where_the_clock_says_so(endless: Target) -> None:
         batch = Batch(endless, drafter, rows=2, budget=4, clock=lambda: time[0])
         loop_step = batch._loop.step
 
-        def step(budget: int, clock: Any) -> list[Step]:
+        def step(budget: int, clock: Any) -> list[Any]:
             time[0] += 1 + per_node * budget * len(batch)
             return loop_step(budget, clock)
 

@@ -72,7 +72,7 @@ def test_rows_of_a_batch_score_as_alone(family: Target) -> None:
     with torch.inference_mode():
         cache = family.new_cache(CONTEXT)
         for i, prompt in enumerate(prompts):
-            family.prefill(prompt, cache, i and cache.claim())
+            family.prefill(prompt, cache, i and cache.claim(CONTEXT))
         together = family.score(torch.tensor([[77], [78], [79]]), tree, tree.ancestor_mask(), cache)
     for i, (own, pair) in enumerate(zip(trees, alone)):
         for got, want in zip(together, pair):

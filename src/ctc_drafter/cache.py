@@ -60,7 +60,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A transformers cache with `capacity` slots per layer for each of its rows: one at first, more by `claim`.
+    """A transformers cache with `capacity` slots per layer for each of its rows: one row at first, more by `claim`.
 
     A forward pass sees all rows, or the `only` one. It writes the q new entries of each to the slots behind the row's
     own length without changing that; `keep` then makes some of them permanent. Rows stand without gaps: when one is
@@ -68,11 +68,13 @@ class SlotCache(Cache):
 
     Layers of equal shape share one tensor (planes, rows, heads, capacity, head_dim), a plane for each layer's keys and
     values, so that compaction is one gather and one copy for the whole model. All numbers in it are finite at any time:
-    what a row has not committed is masked, and a masked slot still takes part in sums with weight 0.
+    what a row has not committed is masked, and a masked slot still takes part in sums with weight 0. Memory follows the
+    rows: it grows with what they need and shrinks when most of it is idle.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.capacity = capacity
+        self._needs = [capacity]  # slots of each row
         self.lengths = [0]
         """Committed entries of each row."""
         self.length = 0
@@ -86,27 +88,38 @@ class SlotCache(Cache):
 
     # ------------------------------------------------------------ rows
 
-    def claim(self, limit: int | None = None) -> int:
-        """Add an empty row; returns its index. Memory is doubled when it is full, up to `limit` rows."""
+    def claim(self, capacity: int, limit: int | None = None) -> int:
+        """Add an empty row that needs `capacity` slots; returns its index. There will be no more than `limit` rows."""
+        count = len(self.lengths) + 1
+        rows = self._rows if count <= self._rows else max(count, min(2 * self._rows, limit or 2 * self._rows))
+        self._resize(rows, max(capacity, self.capacity))
         self.lengths.append(0)
-        count = len(self.lengths)
-        if count > self._rows:
-            self._rows = max(count, min(2 * self._rows, limit or 2 * self._rows))
-            for i, plane in enumerate(self._planes):
-                self._planes[i] = plane.new_zeros(plane.shape[0], self._rows, *plane.shape[2:])
-                self._planes[i][:, : plane.shape[1]] = plane
+        self._needs.append(capacity)
         self._see(0, count)
         return count - 1
 
     def release(self, row: int) -> None:
-        """Drop a row; the last row takes its index."""
+        """Drop a row, of several; the last row takes its index."""
         last = len(self.lengths) - 1
-        length = self.lengths.pop()
+        length, need = self.lengths.pop(), self._needs.pop()
         if row != last:
             for plane in self._planes:
                 plane[:, row, :, :length] = plane[:, last, :, :length]
-            self.lengths[row] = length
+            self.lengths[row], self._needs[row] = length, need
+        most = max(self._needs)
+        capacity = most if 2 * most <= self.capacity else self.capacity
+        self._resize(2 * last if 4 * last <= self._rows else self._rows, capacity)
         self._see(0, last)
+
+    def _resize(self, rows: int, capacity: int) -> None:
+        if (rows, capacity) == (self._rows, self.capacity):
+            return
+        count, longest = len(self.lengths), max(self.lengths)
+        for i, plane in enumerate(self._planes):
+            planes, _, heads, _, width = plane.shape
+            self._planes[i] = plane.new_zeros(planes, rows, heads, capacity, width)
+            self._planes[i][:, :count, :, :longest] = plane[:, :count, :, :longest]
+        self._rows, self.capacity = rows, capacity
 
     @contextmanager
     def only(self, row: int) -> Iterator[None]:
@@ -123,7 +136,7 @@ class SlotCache(Cache):
     def _see(self, first: int, stop: int) -> None:
         self._view = first, stop
         self._indices.clear()
-        self.length = max(self.lengths[first:stop], default=0)
+        self.length = max(self.lengths[first:stop])
         for layer in self.layers:
             assert isinstance(layer, _SlotLayer)
             layer.bind()

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,9 +36,16 @@ class Step:
     seconds: dict[str, float]
     """Time by phase: `prefill` for the first step, else those of PHASES."""
     finish: str | None = None
-    """`stop` or `length` on the last step."""
+    """`stop` or `length` on the last step; `error` if a row of a batch could not go on."""
     tree: DraftTree | None = None
     """The draft tree that was scored; None for the first step, which reads the prompt."""
+    error: Exception | None = None
+    """Why, if `finish` is `error`."""
+
+    @classmethod
+    def failed(cls, error: Exception) -> Step:
+        """The last step of a row that cannot go on."""
+        return cls([], 0, 0, {}, "error", error=error)
 
 
 class Clock:
@@ -85,8 +92,12 @@ class Row:
         self.context = prompt_ids + tokens
         return tokens
 
+    def draft(self) -> Any:
+        """Let the drafter run on the pairs that it has not seen."""
+        return self.drafter.draft(*self.unseen())
+
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the drafter the pairs that it has not seen. Raises UserError if it serves another sequence by now."""
+        """Hand out the pairs that the drafter has not seen. Raises UserError if it serves another sequence by now."""
         if self.drafter.serves is not self._ticket and not self.drafter.stateless:
             raise UserError("Another generation has begun with this drafter; load one drafter for each at a time.")
         pairs, self._unseen = self._unseen, []
@@ -113,9 +124,9 @@ class Loop:
     feature layers, or none.
     """
 
-    def __init__(self, target: Target, capacity: int, max_rows: int = 1) -> None:
-        """capacity: slots of the key/value cache for each row; there must be one for every node of the last pass."""
-        self.target, self.capacity, self.max_rows = target, capacity, max_rows
+    def __init__(self, target: Target, budget: int, max_rows: int = 1) -> None:
+        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time."""
+        self.target, self.budget, self.max_rows = target, budget, max_rows
         self.rows: list[Row] = []
         self.cache: SlotCache | None = None
         """None while there are no rows, so that an idle loop holds no memory."""
@@ -123,10 +134,11 @@ class Loop:
     def join(self, row: Row, prompt_ids: list[int], clock: Clock) -> Step:
         """Read the prompt of a new row; its first token comes from that pass."""
         target = self.target
+        capacity = len(prompt_ids) + row.ending.limit + self.budget + 1  # the last pass may overshoot by a whole draft
         if self.cache is None:
-            self.cache, place = target.new_cache(self.capacity), 0
+            self.cache, place = target.new_cache(capacity), 0
         else:
-            place = self.cache.claim(self.max_rows)
+            place = self.cache.claim(capacity, self.max_rows)
         self.rows.append(row)
         try:
             target.capture(row.drafter.feature_layers)
@@ -142,7 +154,9 @@ class Loop:
         return Step(emitted, 0, 0, clock.seconds, finish)
 
     def leave(self, row: Row) -> None:
-        """Free the row's place; the last row moves into it."""
+        """Free the row's place, if it has one; the last row moves into it."""
+        if row not in self.rows:
+            return
         place = self.rows.index(row)
         last = self.rows.pop()
         if last is not row:
@@ -152,14 +166,17 @@ class Loop:
         elif self.cache is not None:
             self.cache.release(place)
 
-    def step(self, budget: int, clock: Clock) -> list[Step]:
-        """Advance every row by one pass of the target, with up to `budget` draft nodes each; a Step for each row.
+    def step(self, budget: int, clock: Clock) -> list[tuple[Row, Step]]:
+        """Advance every row by one pass of the target, with up to `budget` draft nodes each.
 
-        Without a budget nothing is drafted; the drafters catch up when they are asked again.
+        Without a budget nothing is drafted; the drafters catch up when they are asked again. A row whose drafter fails
+        leaves, and its Step says so; raises whatever else happens.
         """
+        trees, steps = self._draft(budget, clock)
+        if not self.rows:
+            return steps
         rows, target, cache = self.rows, self.target, self.cache
         assert cache is not None
-        trees = self._draft(budget, clock)
         tree, budgets = DraftTree.stack(trees), [tree.budget for tree in trees]
         ancestors = tree.ancestor_mask()
         # Another generation may have run since the last pass; a row without a drafter among others needs no features.
@@ -174,24 +191,30 @@ class Loop:
         for i, (row, (offsets, tokens)) in enumerate(zip(rows, paths)):
             row.commit(features[i : i + 1], chosen[i : i + 1], offsets, tokens)
         clock.lap("commit")
-        steps = []
         for row, own, (_, tokens) in zip(rows, trees, paths):
             emitted, finish = row.ending.cut(tokens)
             accepted = min(len(emitted), len(tokens) - 1)
-            steps.append(Step(emitted, accepted, own.budget, clock.seconds, finish, own))
+            steps.append((row, Step(emitted, accepted, own.budget, clock.seconds, finish, own)))
         return steps
 
-    def _draft(self, budget: int, clock: Clock) -> list[DraftTree]:
-        """A tree for each row."""
-        if budget == 0:
+    def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
+        """A tree for each row that stays, and the last steps of those whose drafters failed."""
+        if budget:
+            guesses = [_attempt(row.draft) for row in self.rows]
+            clock.lap("draft")
+            trees = [
+                guess if isinstance(guess, Exception) else _attempt(row.drafter.tree, guess, budget)
+                for row, guess in zip(self.rows, guesses)
+            ]
+        else:
             clock.lap("draft")
             trees = [DraftTree.empty(1, self.target.device) for _ in self.rows]
-        else:
-            guesses = [row.drafter.draft(*row.unseen()) for row in self.rows]
-            clock.lap("draft")
-            trees = [row.drafter.tree(guess, budget) for row, guess in zip(self.rows, guesses)]
         clock.lap("tree")
-        return trees
+        made = dict(zip(self.rows, trees))
+        failed = [(row, Step.failed(error)) for row, error in made.items() if isinstance(error, Exception)]
+        for row, _ in failed:
+            self.leave(row)
+        return [made[row] for row in self.rows], failed
 
     def _choose(self, logits: torch.Tensor, trees: list[DraftTree], ancestors: torch.Tensor) -> torch.Tensor:
         """The tokens that each row chooses after its root and its nodes: logits (B, M+1, V) -> (B, M+1)."""
@@ -205,6 +228,14 @@ class Loop:
                 own = logits[i : i + 1, :size], tree, ancestors[i : i + 1, :size, :size]
                 chosen[i : i + 1, :size] = row.chooser.choose(*own, row.context)
         return chosen
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What work(*arguments) returns, or the exception that it raises."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error
 
 
 @torch.inference_mode()
@@ -230,11 +261,13 @@ def generate(
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
     row = Row(target, drafter, sampling or Sampling(), ending)
-    loop = Loop(target, len(prompt_ids) + ending.limit + budget + 1)
+    loop = Loop(target, budget)
     step = loop.join(row, prompt_ids, Clock(target.device, profile))
     yield step
     while step.finish is None:
-        [step] = loop.step(budget, Clock(target.device, profile))
+        [(_, step)] = loop.step(budget, Clock(target.device, profile))
+        if step.error is not None:
+            raise step.error
         yield step
 
 
