@@ -1,7 +1,6 @@
-"""Continuous scheduling: up to `slots` generations take turns on one thread that owns the model, one step each.
+"""Continuous scheduling: up to `slots` generations share every pass on one thread that owns the model.
 
-Whoever submits sees events only: one for every step of every job, then an end or an exception. A batched engine that
-steps all slots in one pass would replace `_next` and `_advance` and nothing else.
+Whoever submits sees events only: one for every step of every job, then an end or an exception.
 """
 
 from __future__ import annotations
@@ -11,11 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..acceptance import Sampling
-from ..decoding import Step, generate
+from ..batch import Batch
+from ..decoding import Step
 from ..drafters import Drafter
 from ..target import Target
 
@@ -76,7 +76,8 @@ class _Run:
     def __init__(self, job: Job, index: int, submission: Submission) -> None:
         self.job, self.index, self.submission = job, index, submission
         self.cancelled = False
-        self.steps: Iterator[Step] | None = None
+        self.key: int | None = None
+        """Of its row in the batch."""
         self.drafter: Drafter | None = None
 
 
@@ -126,10 +127,24 @@ class Scheduler:
     """Runs jobs on one thread; `submit`, `stats` and `drain` may be called from any other."""
 
     def __init__(
-        self, target: Target, drafters: Mapping[str, Drafter], *, budget: int, slots: int, queue: int, timeout: float
+        self,
+        target: Target,
+        drafters: Mapping[str, Drafter],
+        *,
+        budget: int,
+        slots: int,
+        queue: int,
+        timeout: float,
+        adaptive: bool = False,
     ) -> None:
-        """`drafters` by the names that jobs give; `timeout` of a submission in seconds, waiting included."""
+        """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
+
+        timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
+        see `Batch`.
+        """
         self.target, self.budget = target, budget
+        widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
+        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
         self._idle: dict[str, list[Drafter]] = {name: [drafter] for name, drafter in drafters.items()}
@@ -189,73 +204,71 @@ class Scheduler:
     # ------------------------------------------------------------ on the thread of the model
 
     def _work(self) -> None:
-        while (run := self._next()) is not None:
-            self._advance(run)
+        while self._ready():
+            self._advance()
 
-    def _next(self) -> _Run | None:
-        """Whose step is next, each in turn; free slots are filled first. None when closed."""
+    def _ready(self) -> bool:
+        """Drop what is over, fill free slots, and wait until something runs. False when closed."""
         with self._condition:
             while not self._closed:
-                self._drop_late()
-                for run in [run for run in self._running if run.cancelled]:
-                    self._leave(run)
+                self._drop()
                 while self._waiting and len(self._running) < self.slots:
                     self._running.append(self._waiting.popleft())
                 if self._running:
-                    self._running.rotate(-1)
-                    return self._running[-1]
+                    return True
                 self._condition.wait()
             left = [*self._running, *self._waiting]
-            self._running.clear()
             self._waiting.clear()
         for run in left:
             self._leave(run)
             run.submission.put(Draining())
-        return None
+        return False
 
-    def _drop_late(self) -> None:
+    def _drop(self) -> None:
+        for run in [run for run in self._running if run.cancelled]:
+            self._leave(run)
         now = time.monotonic()
-        late = [run for run in self._waiting if run.submission.deadline < now]
-        for run in late:
-            self._waiting.remove(run)
+        for run in [run for run in [*self._running, *self._waiting] if run.submission.deadline < now]:
+            if run in self._waiting:
+                self._waiting.remove(run)
+            self._leave(run)
             run.submission.put(TimedOut())
 
-    def _advance(self, run: _Run) -> None:
-        """Make one step of `run`, or end it. A failure ends this submission and no other."""
-        event: Event | Exception
-        if time.monotonic() > run.submission.deadline:
-            event = TimedOut()
-        else:
+    def _advance(self) -> None:
+        """Make one step of all that run. What fails ends its own submission and no other."""
+        for run in [run for run in self._running if run.key is None]:
             try:
-                event = Event(run.index, next(self._steps(run)), time.monotonic())
-            except Exception:
-                log.exception("A generation failed")
-                event = Failed()
-        if not isinstance(event, Event) or event.step.finish is not None:
+                self._begin(run)
+            except Exception as error:
+                self._tell(run, Step.failed(error))
+        run_of = {run.key: run for run in self._running}
+        for key, step in self._batch.step():
+            self._tell(run_of[key], step)
+
+    def _begin(self, run: _Run) -> None:
+        job, idle = run.job, self._idle[run.job.drafter]
+        run.drafter = idle.pop() if idle else self._drafters[job.drafter].twin()
+        run.key = self._batch.add(
+            job.prompt_ids,
+            max_new_tokens=job.max_new_tokens,
+            sampling=job.sampling,
+            stop=job.stop,
+            drafter=run.drafter,
+        )
+
+    def _tell(self, run: _Run, step: Step) -> None:
+        event: Event | Exception = Event(run.index, step, time.monotonic())
+        if step.error is not None:
+            log.error("A generation failed", exc_info=step.error)
+            event = Failed()
+        if step.finish is not None:
             self._leave(run)  # before the event goes out: who has the last step finds the slot free
         run.submission.put(event)
 
-    def _steps(self, run: _Run) -> Iterator[Step]:
-        if run.steps is None:
-            job = run.job
-            idle = self._idle[job.drafter]
-            run.drafter = idle.pop() if idle else self._drafters[job.drafter].twin()
-            run.steps = generate(
-                self.target,
-                run.drafter,
-                job.prompt_ids,
-                max_new_tokens=job.max_new_tokens,
-                budget=self.budget,
-                sampling=job.sampling,
-                stop=job.stop,
-            )
-        return run.steps
-
     def _leave(self, run: _Run) -> None:
-        close = getattr(run.steps, "close", None)
-        if close is not None:
-            close()
-        run.steps = None
+        if run.key is not None:
+            self._batch.cancel(run.key)
+            run.key = None
         if run.drafter is not None:
             self._idle[run.job.drafter].append(run.drafter)
             run.drafter = None
