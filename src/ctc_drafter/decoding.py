@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,19 +190,20 @@ class Loop:
         paths = accepted_paths(tree, chosen, budgets)
         clock.lap("accept")
         cache.keep([offsets for offsets, _ in paths])
-        for i, (row, (offsets, tokens)) in enumerate(zip(rows, paths)):
-            row.commit(features[i : i + 1], chosen[i : i + 1], offsets, tokens)
+        own = zip(features.split(1), chosen.split(1)) if len(rows) > 1 else [(features, chosen)]
+        for row, (mine, choices), (offsets, tokens) in zip(rows, own, paths):
+            row.commit(mine, choices, offsets, tokens)
         clock.lap("commit")
-        for row, own, (_, tokens) in zip(rows, trees, paths):
+        for row, scored, (_, tokens) in zip(rows, trees, paths):
             emitted, finish = row.ending.cut(tokens)
             accepted = min(len(emitted), len(tokens) - 1)
-            steps.append((row, Step(emitted, accepted, own.budget, clock.seconds, finish, own)))
+            steps.append((row, Step(emitted, accepted, scored.budget, clock.seconds, finish, scored)))
         return steps
 
     def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
         """A tree for each row that stays, and the last steps of those whose drafters failed."""
         if budget:
-            guesses = [_attempt(row.draft) for row in self.rows]
+            guesses = self._guesses()
             clock.lap("draft")
             trees = [
                 guess if isinstance(guess, Exception) else _attempt(row.drafter.tree, guess, budget)
@@ -216,6 +219,20 @@ class Loop:
             self.leave(row)
         return [made[row] for row in self.rows], failed
 
+    def _guesses(self) -> list[Any]:
+        """What each row's drafter returns, or the exception that it raises; twins draft together if they can."""
+        guesses: dict[Row, Any] = {}
+        together: defaultdict[object, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            if len(self.rows) > 1 and row.drafter.drafts_together:
+                together[row.drafter.lineage].append(row)
+            else:
+                guesses[row] = _attempt(row.draft)
+        for rows in together.values():
+            found = _attempt(_draft_together, rows)
+            guesses.update(zip(rows, repeat(found) if isinstance(found, Exception) else found))
+        return [guesses[row] for row in self.rows]
+
     def _choose(self, logits: torch.Tensor, trees: list[DraftTree], ancestors: torch.Tensor) -> torch.Tensor:
         """The tokens that each row chooses after its root and its nodes: logits (B, M+1, V) -> (B, M+1)."""
         rows = self.rows
@@ -228,6 +245,10 @@ class Loop:
                 own = logits[i : i + 1, :size], tree, ancestors[i : i + 1, :size, :size]
                 chosen[i : i + 1, :size] = row.chooser.choose(*own, row.context)
         return chosen
+
+
+def _draft_together(rows: list[Row]) -> list[Any]:
+    return rows[0].drafter.draft_together([row.drafter for row in rows], [row.unseen() for row in rows])
 
 
 def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:

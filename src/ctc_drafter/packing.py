@@ -16,6 +16,8 @@ from torch import nn
 
 MAX_BYTES = 2**30
 MAX_ROWS = 64
+PATIENCE = 8
+"""Batched passes with the same number of rows before weights are packed for it."""
 ANY = 0  # row count under which a weight packed for all row counts is kept
 
 

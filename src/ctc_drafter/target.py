@@ -15,12 +15,10 @@ from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .chat import render_chat
 from .errors import UserError
-from .packing import PackedLinears
+from .packing import PATIENCE, PackedLinears
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
-PATIENCE = 8
-"""Batched passes with the same number of rows before the weights are packed for it."""
 LAST = -1  # feature layer: the decoder's output after the final norm, which the LM head reads
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -49,12 +49,26 @@ class Drafter(nn.Module):
     stateless: ClassVar[bool] = False
     serves: object = None
     """The generation whose context the drafter holds."""
+    drafts_together: ClassVar[bool] = False
+    """Whether `draft_together` is there; if not, the rows of a batch are drafted for one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lineage = object()
+        """The same for all twins, which share their weights."""
 
     def start(self, capacity: int) -> None:
         """Forget the last sequence; at most `capacity` positions will follow."""
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
+        raise NotImplementedError
+
+    def draft_together(self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
+        """What each twin's `draft` returns for its own pairs, up to rounding, in one run of the module.
+
+        twins: of this drafter, each with a sequence of its own; pairs: what each one's `draft` takes.
+        """
         raise NotImplementedError
 
     def tree(self, guess: Any, budget: int) -> DraftTree:
