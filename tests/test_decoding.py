@@ -123,12 +123,21 @@ def test_repetition_penalty_is_the_models_own(target: Target, prompt: list[int])
         assert run(target, scripted(build, target, prompt, want), prompt, TOKENS, sampling=sampling)[0] == want
 
 
-def test_a_seed_repeats_the_sample(target: Target, prompt: list[int], answer: list[int]) -> None:
-    def sample(seed: int) -> list[int]:
-        drafter = scripted(random_tree, target, prompt, answer)
-        return run(target, drafter, prompt, 16, sampling=Sampling(temperature=1.0, seed=seed))[0]
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.4, "top_k": 50}])
+def test_a_seed_gives_the_sample_of_plain_decoding(
+    options: dict[str, float], target: Target, prompt: list[int], answer: list[int]
+) -> None:
+    """Not only the distribution: the very tokens, whatever the trees and their sizes."""
 
-    assert sample(1) == sample(1) != sample(2)
+    def sample(seed: int, drafter: Drafter, budget: int) -> list[int]:
+        sampling = Sampling(**{"temperature": 1.0, "seed": seed, **options})  # type: ignore[arg-type]
+        return run(target, drafter, prompt, TOKENS, sampling=sampling, budget=budget)[0]
+
+    want = sample(1, NoDrafter(), 0)
+    assert want != answer and want != sample(2, NoDrafter(), 0)
+    for build in BUILDS:
+        for told, budget in ((want, 5), (want, 16), (answer, 3)):
+            assert sample(1, scripted(build, target, prompt, told), budget) == want
 
 
 # ---------------------------------------------------------------- speed, in steps
@@ -256,7 +265,7 @@ def test_no_stop_string_found(target: Target, prompt: list[int], answer: list[in
         ([], {}, "prompt is empty"),
         ([3] * CONTEXT, {}, f"has {CONTEXT} tokens and the context of 'tiny' ends at {CONTEXT}"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ([3], {"budget": -1}, "budget at least 0"),
+        ([3], {"budget": -1}, "budget must be at least 0"),
     ],
 )
 def test_impossible_requests(target: Target, prompt_ids: list[int], options: dict[str, int], match: str) -> None:

@@ -42,3 +42,12 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (2, 3, 4, 5):
         packed.prepare(rows)
     assert len(packed._rows) <= 2
+
+
+def test_row_counts_that_may_not_return_wait() -> None:
+    packed = PackedLinears([nn.Linear(8, 8)])
+    for rows in (2, 3, 2, 2):
+        packed.prepare(rows, after=4)
+        assert packed._rows == []
+    packed.prepare(2, after=4)
+    assert packed._rows == [2]

@@ -61,6 +61,26 @@ def test_decoding_is_the_models_own(family: Target) -> None:
         assert run(family, drafter, PROMPT, 24, budget=8)[0] == want
 
 
+def test_rows_of_a_batch_score_as_alone(family: Target) -> None:
+    """Ragged rows, one of them longer than any window: the numbers of each are those of a cache of its own."""
+    prompts = [[5], PROMPT, [9, 31, 7]]
+    script = Scripted(random_tree, [], list(range(50, 80)), family.vocab_size)
+    trees = [random_tree(script, 0, size) for size in (7, 4, 0)]
+    family.capture((LAST, 1))
+    alone = [scored_tree(family, prompt, 77 + i, tree) for i, (prompt, tree) in enumerate(zip(prompts, trees))]
+    tree = DraftTree.stack(trees)
+    with torch.inference_mode():
+        cache = family.new_cache(CONTEXT)
+        for i, prompt in enumerate(prompts):
+            family.prefill(prompt, cache, i and cache.claim(CONTEXT))
+        together = family.score(torch.tensor([[77], [78], [79]]), tree, tree.ancestor_mask(), cache)
+    for i, (own, pair) in enumerate(zip(trees, alone)):
+        for got, want in zip(together, pair):
+            mine = got[i : i + 1, : own.budget + 1]
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-4 * float(want.std()))
+    family.capture(())
+
+
 def one_sentence(text: str) -> None:
     assert "\n" not in text and "Traceback" not in text and len(text) < 600
 

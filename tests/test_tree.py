@@ -113,3 +113,15 @@ def test_check_names_what_is_wrong(change, message):
     DraftTree(**good).check()
     with pytest.raises(ValueError, match=message):
         DraftTree(**{**good, **change}).check()
+
+
+def test_stacked_trees_keep_their_rows():
+    trees = [DraftTree.from_paths([paths], n) for paths, n in (([[5, 6], [7]], 3), ([], 0), ([[8]], 1))]
+    stacked = DraftTree.stack(trees)
+    stacked.check()
+    assert stacked.tokens.tolist() == [[5, 6, 7], [0, 0, 0], [8, 0, 0]]
+    masks = stacked.ancestor_mask()
+    for mask, tree in zip(masks, trees):
+        assert torch.equal(mask[: tree.budget + 1, : tree.budget + 1], tree.ancestor_mask()[0])
+    assert DraftTree.stack(trees[:1]) is trees[0]
+    assert DraftTree.stack([DraftTree.empty(1)] * 2).tokens.shape == (2, 0)

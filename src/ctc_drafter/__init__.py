@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .acceptance import Sampling
+    from .batch import Batch
     from .decoding import Step, generate
     from .drafters import Drafter, load_drafter
     from .errors import UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .tree import DraftTree
 
 _HOMES = {
+    "Batch": "batch",
     "DraftTree": "tree",
     "Drafter": "drafters",
     "Sampling": "acceptance",
@@ -31,7 +33,18 @@ _HOMES = {
     "load_drafter": "drafters",
 }
 
-__all__ = ["DraftTree", "Drafter", "Sampling", "Step", "Target", "UserError", "__version__", "generate", "load_drafter"]
+__all__ = [
+    "Batch",
+    "DraftTree",
+    "Drafter",
+    "Sampling",
+    "Step",
+    "Target",
+    "UserError",
+    "__version__",
+    "generate",
+    "load_drafter",
+]
 
 
 def __getattr__(name: str) -> Any:

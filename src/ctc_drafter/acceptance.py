@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +62,20 @@ class Sampling:
 
 
 class Chooser:
-    """Draws the target's own next token after the root and after every node of the tree.
+    """Chooses the target's own next token after the root and after every node of the tree.
 
-    The tree is fixed before the target chooses, so a token drawn at each node from the processed distribution given
-    that node's own prefix makes the emitted text exactly the target's: greedy, or a sample of its distribution.
+    A sample is argmax(scores + g) with Gumbel noise g, which is a draw from softmax(scores) (the Gumbel-max trick). The
+    noise belongs to a position of the text and is drawn in the order of positions; all nodes at one depth share it. So
+    the emitted text is the one that plain decoding samples with this seed, whatever trees are scored.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self.sampling = sampling
         self._processors: Any = sampling.processors()
         self._generator = None
+        self._noise: list[torch.Tensor] = []
+        """(V,) for each position from that of the next token on."""
+        self._position: int | None = None
         if sampling.temperature > 0:
             self._generator = torch.Generator(device)
             if sampling.seed is None:
@@ -78,12 +83,20 @@ class Chooser:
             else:
                 self._generator.manual_seed(sampling.seed)
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the choice is the largest logit and nothing else."""
+        return not self._processors and self._generator is None
+
     def choose(
         self, logits: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, context: list[int]
     ) -> torch.Tensor:
-        """logits (1, M+1, V), ancestors (1, M+1, M+1) bool, context: ids up to the root -> chosen tokens (1, M+1)."""
-        if not self._processors and self._generator is None:
-            return logits.max(-1).indices  # the first of equals like argmax, which is slower in bfloat16
+        """logits (1, M+1, V), ancestors (1, M+1, M+1) bool, context: ids up to the root -> chosen tokens (1, M+1).
+
+        From call to call the context must grow, by no more than M + 1 tokens.
+        """
+        if self.is_argmax:
+            return largest(logits)
         scores = logits[0].float()
         if self._processors:
             prefix = torch.tensor(context, device=scores.device)
@@ -93,21 +106,39 @@ class Chooser:
             scores = self._processors(ids, scores)
         if self._generator is None:
             return scores.argmax(-1)[None]
-        return torch.multinomial(scores.softmax(-1), 1, generator=self._generator).T
+        return (scores + self._noise_of(scores[0], tree, len(context))).argmax(-1)[None]
+
+    def _noise_of(self, like: torch.Tensor, tree: DraftTree, position: int) -> torch.Tensor:
+        """(M+1, V): the noise of the token after the root, which stands at `position`, and of those after the nodes."""
+        past = 0 if self._position is None else position - self._position
+        assert 0 <= past <= len(self._noise)
+        del self._noise[:past]
+        self._position = position
+        while len(self._noise) < tree.budget + 1:
+            # One call for each position: the numbers must not depend on how many are drawn at once.
+            drawn = torch.empty_like(like).exponential_(generator=self._generator)
+            self._noise.append(drawn.clamp_min_(torch.finfo(drawn.dtype).tiny).log_().neg_())
+        return torch.stack(self._noise[: tree.budget + 1])[tree.offsets()[0]]
 
 
-def accepted_paths(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest on the last axis, the first of equals like argmax, which is slower in bfloat16."""
+    return logits.max(-1).indices
+
+
+def accepted_paths(
+    tree: DraftTree, chosen: torch.Tensor, budgets: Sequence[int] | None = None
+) -> list[tuple[list[int], list[int]]]:
     """For each row, the path from the root on which every node carries the token chosen at its parent.
 
-    Of equal siblings only the first counts: each has a draw of its own, and preferring the one whose draw leads deeper
-    would favour the tokens that the drafter guessed.
-
-    chosen (B, M+1) -> for each row the path's indices into root + nodes, 0 (the root) first, and the tokens chosen at
-    them: the accepted ones and one more. One copy from device to host; the walk is a few dictionary lookups.
+    Of equal siblings only the first counts. chosen (B, M+1); budgets: of each row's nodes only so many count (None:
+    all). Returns for each row the path's indices into root + nodes, 0 (the root) first, and the tokens chosen at them:
+    the accepted ones and one more. One copy from device to host; the walk is a few dictionary lookups.
     """
     size = tree.budget
     host: list[list[int]] = torch.cat([tree.tokens, tree.parents, chosen], 1).tolist()
-    return [_walk(row[:size], row[size : 2 * size], row[2 * size :]) for row in host]
+    counts = [size] * len(host) if budgets is None else budgets
+    return [_walk(row[:n], row[size : size + n], row[2 * size :]) for row, n in zip(host, counts)]
 
 
 def _walk(tokens: list[int], parents: list[int], chosen: list[int]) -> tuple[list[int], list[int]]:

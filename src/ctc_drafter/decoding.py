@@ -1,15 +1,20 @@
-"""The loop: draft, score, accept, commit. Plain decoding is this loop with an empty tree; there is no other one."""
+"""The loop: draft, score, accept, commit. Plain decoding is this loop with an empty tree; there is no other one.
+
+`generate` runs it for one sequence; `batch.Batch` for several that come and go."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .acceptance import Chooser, Sampling, accepted_paths
+from .acceptance import Chooser, Sampling, accepted_paths, largest
+from .cache import SlotCache
 from .errors import UserError
 from .target import Target
 from .tree import DraftTree
@@ -33,10 +38,19 @@ class Step:
     seconds: dict[str, float]
     """Time by phase: `prefill` for the first step, else those of PHASES."""
     finish: str | None = None
-    """`stop` or `length` on the last step."""
+    """`stop` or `length` on the last step; `error` if a row of a batch could not go on."""
+    tree: DraftTree | None = None
+    """The draft tree that was scored; None for the first step, which reads the prompt."""
+    error: Exception | None = None
+    """Why, if `finish` is `error`."""
+
+    @classmethod
+    def failed(cls, error: Exception) -> Step:
+        """The last step of a row that cannot go on."""
+        return cls([], 0, 0, {}, "error", error=error)
 
 
-class _Clock:
+class Clock:
     """Seconds between laps; waits for a GPU only when asked to, since waiting costs time itself."""
 
     def __init__(self, device: torch.device, wait: bool) -> None:
@@ -55,56 +69,194 @@ class _Clock:
         self._last = now
 
 
-class _Sequence:
-    """What one generation carries from pass to pass: the cache, the features not yet drafted from, and the root."""
+class Row:
+    """One sequence among those that are advanced together, and what it carries from pass to pass."""
 
-    def __init__(self, target: Target, drafter: Drafter, sampling: Sampling, capacity: int) -> None:
-        self.target, self.drafter = target, drafter
+    def __init__(self, target: Target, drafter: Drafter, sampling: Sampling, ending: Ending) -> None:
+        self.drafter, self.ending = drafter, ending
         self.chooser = Chooser(sampling, target.device)
-        self.cache = target.new_cache(capacity)
-        self._ticket = object()
         self.context: list[int] = []
         """All ids up to the root."""
-        self.features = self.next_tokens = torch.empty(0)
-        """(1, n, F * hidden_size) and (1, n): the pairs of feature and next token that the drafter has not seen."""
+        self.root = torch.empty(0)
+        """(1, 1)."""
+        self._unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Pairs of feature and next token that the drafter has not seen: (1, n, F * hidden_size) and (1, n)."""
+        self._ticket = object()
 
-    def prefill(self, prompt_ids: list[int]) -> list[int]:
-        """Read the prompt; returns the first token."""
-        target = self.target
-        self.drafter.start(self.cache.capacity)
+    def begin(self, prompt_ids: list[int], features: torch.Tensor, root: torch.Tensor) -> list[int]:
+        """The prompt is read: features (1, P, F * hidden_size), the first token chosen (1, 1); returns that token."""
+        self.drafter.start(len(prompt_ids) + self.ending.limit)
         self.drafter.serves = self._ticket
-        target.capture(self.drafter.feature_layers)
-        logits, self.features = target.prefill(prompt_ids, self.cache)
-        empty = DraftTree.empty(1, target.device)
-        root = self.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
-        known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=target.device)
-        self.next_tokens = torch.cat([known, root], 1)
+        self.root = root
+        known = torch.tensor([prompt_ids[1:]], dtype=torch.long, device=root.device)
+        self._unseen = [(features, torch.cat([known, root], 1))]
         tokens: list[int] = root[0].tolist()
         self.context = prompt_ids + tokens
         return tokens
 
-    def step(self, budget: int, clock: _Clock) -> tuple[list[int], int]:
-        """Draft, score, accept, commit; returns the new tokens (the accepted ones and one more) and the tree's size."""
-        target, drafter = self.target, self.drafter
-        if drafter.serves is not self._ticket and not drafter.stateless:
+    def draft(self) -> Any:
+        """Let the drafter run on the pairs that it has not seen."""
+        return self.drafter.draft(*self.unseen())
+
+    def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand out the pairs that the drafter has not seen. Raises UserError if it serves another sequence by now."""
+        if self.drafter.serves is not self._ticket and not self.drafter.stateless:
             raise UserError("Another generation has begun with this drafter; load one drafter for each at a time.")
-        guess = drafter.draft(self.features, self.next_tokens)
-        clock.lap("draft")
-        tree = drafter.tree(guess, budget)
-        clock.lap("tree")
-        ancestors = tree.ancestor_mask()
-        target.capture(drafter.feature_layers)  # another generation may have run since the last yield
-        logits, features = target.score(self.next_tokens[:, -1:], tree, ancestors, self.cache)
-        clock.lap("score")
-        chosen = self.chooser.choose(logits, tree, ancestors, self.context)
-        [(offsets, tokens)] = accepted_paths(tree, chosen)
-        clock.lap("accept")
-        self.cache.keep(offsets)
-        kept = torch.tensor(offsets, device=target.device)
-        self.features, self.next_tokens = features.index_select(1, kept), chosen.index_select(1, kept)
+        pairs, self._unseen = self._unseen, []
+        if len(pairs) == 1:
+            return pairs[0]
+        features, next_tokens = zip(*pairs)
+        return torch.cat(features, 1), torch.cat(next_tokens, 1)
+
+    def commit(self, features: torch.Tensor, chosen: torch.Tensor, offsets: list[int], tokens: list[int]) -> None:
+        """Go on after the accepted path `offsets`: features (1, M+1, F * hidden_size) and chosen tokens (1, M+1)."""
+        kept = torch.tensor(offsets, device=chosen.device)
+        next_tokens = chosen.index_select(1, kept)
+        if self.drafter.stateless:
+            self._unseen.clear()
+        self._unseen.append((features.index_select(1, kept), next_tokens))
+        self.root = next_tokens[:, -1:]
         self.context += tokens
+
+
+class Loop:
+    """The loop over passes of the target, for one row or several: draft, score, accept, commit.
+
+    Rows join and leave between passes. What a row emits does not depend on the others. All drafters must read the same
+    feature layers, or none.
+    """
+
+    def __init__(self, target: Target, budget: int, max_rows: int = 1) -> None:
+        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time."""
+        self.target, self.budget, self.max_rows = target, budget, max_rows
+        self.rows: list[Row] = []
+        self.cache: SlotCache | None = None
+        """None while there are no rows, so that an idle loop holds no memory."""
+
+    def join(self, row: Row, prompt_ids: list[int], clock: Clock) -> Step:
+        """Read the prompt of a new row; its first token comes from that pass."""
+        target = self.target
+        capacity = len(prompt_ids) + row.ending.limit + self.budget + 1  # the last pass may overshoot by a whole draft
+        if self.cache is None:
+            self.cache, place = target.new_cache(capacity), 0
+        else:
+            place = self.cache.claim(capacity, self.max_rows)
+        self.rows.append(row)
+        try:
+            target.capture(row.drafter.feature_layers)
+            logits, features = target.prefill(prompt_ids, self.cache, place)
+            empty = DraftTree.empty(1, target.device)
+            root = row.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
+            tokens = row.begin(prompt_ids, features, root)
+        except BaseException:
+            self.leave(row)
+            raise
+        clock.lap("prefill")
+        emitted, finish = row.ending.cut(tokens)
+        return Step(emitted, 0, 0, clock.seconds, finish)
+
+    def leave(self, row: Row) -> None:
+        """Free the row's place, if it has one; the last row moves into it."""
+        if row not in self.rows:
+            return
+        place = self.rows.index(row)
+        last = self.rows.pop()
+        if last is not row:
+            self.rows[place] = last
+        if not self.rows:
+            self.cache = None
+        elif self.cache is not None:
+            self.cache.release(place)
+
+    def step(self, budget: int, clock: Clock) -> list[tuple[Row, Step]]:
+        """Advance every row by one pass of the target, with up to `budget` draft nodes each.
+
+        Without a budget nothing is drafted; the drafters catch up when they are asked again. A row whose drafter fails
+        leaves, and its Step says so; raises whatever else happens.
+        """
+        trees, steps = self._draft(budget, clock)
+        if not self.rows:
+            return steps
+        rows, target, cache = self.rows, self.target, self.cache
+        assert cache is not None
+        tree, budgets = DraftTree.stack(trees), [tree.budget for tree in trees]
+        ancestors = tree.ancestor_mask()
+        # Another generation may have run since the last pass; a row without a drafter among others needs no features.
+        target.capture(max((row.drafter.feature_layers for row in rows), key=len))
+        roots = rows[0].root if len(rows) == 1 else torch.cat([row.root for row in rows])
+        logits, features = target.score(roots, tree, ancestors, cache)
+        clock.lap("score")
+        chosen = self._choose(logits, trees, ancestors)
+        paths = accepted_paths(tree, chosen, budgets)
+        clock.lap("accept")
+        cache.keep([offsets for offsets, _ in paths])
+        own = zip(features.split(1), chosen.split(1)) if len(rows) > 1 else [(features, chosen)]
+        for row, (mine, choices), (offsets, tokens) in zip(rows, own, paths):
+            row.commit(mine, choices, offsets, tokens)
         clock.lap("commit")
-        return tokens, tree.budget
+        for row, scored, (_, tokens) in zip(rows, trees, paths):
+            emitted, finish = row.ending.cut(tokens)
+            accepted = min(len(emitted), len(tokens) - 1)
+            steps.append((row, Step(emitted, accepted, scored.budget, clock.seconds, finish, scored)))
+        return steps
+
+    def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
+        """A tree for each row that stays, and the last steps of those whose drafters failed."""
+        if budget:
+            guesses = self._guesses()
+            clock.lap("draft")
+            trees = [
+                guess if isinstance(guess, Exception) else _attempt(row.drafter.tree, guess, budget)
+                for row, guess in zip(self.rows, guesses)
+            ]
+        else:
+            clock.lap("draft")
+            trees = [DraftTree.empty(1, self.target.device) for _ in self.rows]
+        clock.lap("tree")
+        made = dict(zip(self.rows, trees))
+        failed = [(row, Step.failed(error)) for row, error in made.items() if isinstance(error, Exception)]
+        for row, _ in failed:
+            self.leave(row)
+        return [made[row] for row in self.rows], failed
+
+    def _guesses(self) -> list[Any]:
+        """What each row's drafter returns, or the exception that it raises; twins draft together if they can."""
+        guesses: dict[Row, Any] = {}
+        together: defaultdict[object, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            if len(self.rows) > 1 and row.drafter.drafts_together:
+                together[row.drafter.lineage].append(row)
+            else:
+                guesses[row] = _attempt(row.draft)
+        for rows in together.values():
+            found = _attempt(_draft_together, rows)
+            guesses.update(zip(rows, repeat(found) if isinstance(found, Exception) else found))
+        return [guesses[row] for row in self.rows]
+
+    def _choose(self, logits: torch.Tensor, trees: list[DraftTree], ancestors: torch.Tensor) -> torch.Tensor:
+        """The tokens that each row chooses after its root and its nodes: logits (B, M+1, V) -> (B, M+1)."""
+        rows = self.rows
+        if len(rows) == 1:
+            return rows[0].chooser.choose(logits, trees[0], ancestors, rows[0].context)
+        chosen = largest(logits)
+        for i, (row, tree) in enumerate(zip(rows, trees)):
+            if not row.chooser.is_argmax:
+                size = tree.budget + 1
+                own = logits[i : i + 1, :size], tree, ancestors[i : i + 1, :size, :size]
+                chosen[i : i + 1, :size] = row.chooser.choose(*own, row.context)
+        return chosen
+
+
+def _draft_together(rows: list[Row]) -> list[Any]:
+    return rows[0].drafter.draft_together([row.drafter for row in rows], [row.unseen() for row in rows])
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What work(*arguments) returns, or the exception that it raises."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        return error
 
 
 @torch.inference_mode()
@@ -122,37 +274,25 @@ def generate(
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
     Ends at one of the target's stop ids (emitted), after a `stop` string, after `max_new_tokens`, or at the context's
-    edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter.
-    `profile` waits for the GPU at each phase, so that the times of the phases are true there. Raises UserError for an
-    empty or too long prompt.
+    edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter; with a seed
+    the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
+    phases are true there. Raises UserError for an empty or too long prompt.
     """
-    if not prompt_ids:
-        raise UserError("The prompt is empty; give at least one token.")
-    room = target.max_context - len(prompt_ids)
-    if room <= 0:
-        raise UserError(
-            f"The prompt has {len(prompt_ids)} tokens and "
-            f"the context of '{target.name}' ends at {target.max_context}; shorten it."
-        )
-    if max_new_tokens < 1 or budget < 0:
-        raise UserError("max_new_tokens must be at least 1 and budget at least 0.")
-    ending = _Ending(target, stop, min(max_new_tokens, room))
-    capacity = len(prompt_ids) + ending.limit + budget + 1
-    sequence = _Sequence(target, drafter, sampling or Sampling(), capacity)
-
-    clock = _Clock(target.device, profile)
-    tokens = sequence.prefill(prompt_ids)
-    clock.lap("prefill")
-    emitted, finish = ending.cut(tokens)
-    yield Step(emitted, 0, 0, clock.seconds, finish)
-    while finish is None:
-        clock = _Clock(target.device, profile)
-        tokens, drafted = sequence.step(budget, clock)
-        emitted, finish = ending.cut(tokens)
-        yield Step(emitted, min(len(emitted), len(tokens) - 1), drafted, clock.seconds, finish)
+    ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
+    if budget < 0:
+        raise UserError(f"budget must be at least 0, not {budget}.")
+    row = Row(target, drafter, sampling or Sampling(), ending)
+    loop = Loop(target, budget)
+    step = loop.join(row, prompt_ids, Clock(target.device, profile))
+    yield step
+    while step.finish is None:
+        [(_, step)] = loop.step(budget, Clock(target.device, profile))
+        if step.error is not None:
+            raise step.error
+        yield step
 
 
-class _Ending:
+class Ending:
     """Cuts new tokens at a stop id, a stop string, or the token limit, and says which."""
 
     def __init__(self, target: Target, stop: Sequence[str], limit: int) -> None:
@@ -162,6 +302,21 @@ class _Ending:
         self._tokens: list[int] = []
         # A token holds at least one byte, and a stop string may begin inside an earlier token.
         self._window = max((len(s.encode()) for s in self._stop), default=0) + 8
+
+    @classmethod
+    def of(cls, target: Target, prompt_ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Ending:
+        """The ending of an answer to this prompt. Raises UserError if it is empty or leaves no room in the context."""
+        if not prompt_ids:
+            raise UserError("The prompt is empty; give at least one token.")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+        room = target.max_context - len(prompt_ids)
+        if room <= 0:
+            raise UserError(
+                f"The prompt has {len(prompt_ids)} tokens and "
+                f"the context of '{target.name}' ends at {target.max_context}; shorten it."
+            )
+        return cls(target, stop, min(max_new_tokens, room))
 
     def cut(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """The part of `tokens` that is emitted, and why generation ends there (None: it goes on)."""

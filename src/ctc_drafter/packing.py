@@ -7,6 +7,7 @@ one row count, and a single row reads the plain weight, which is faster; in bflo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 
 MAX_BYTES = 2**30
 MAX_ROWS = 64
+PATIENCE = 8
+"""Batched passes with the same number of rows before weights are packed for it."""
 ANY = 0  # row count under which a weight packed for all row counts is kept
 
 
@@ -26,12 +29,17 @@ class PackedLinears:
         self._bytes_each = sum(layer.weight.nbytes for layer in self._layers)
         self._packed: list[dict[int, torch.Tensor]] = [{} for _ in self._layers]
         self._rows: list[int] = []
+        self._asked: Counter[int] = Counter()
         for layer, packed in zip(self._layers, self._packed):
             forward = _forward_float32 if layer.weight.dtype == torch.float32 else _forward_bfloat16
             layer.forward = forward(layer, packed)  # type: ignore[method-assign, assignment]
 
-    def prepare(self, rows: int) -> None:
-        """Pack for products of `rows` rows, unless that is done or pointless; past MAX_BYTES the oldest copies go."""
+    def prepare(self, rows: int, after: int = 1) -> None:
+        """Pack for products of `rows` rows, unless that is done or pointless; past MAX_BYTES the oldest copies go.
+
+        after: in float32, the how-manieth call for these rows packs for them. Packing takes as long as several products
+        do, and takes memory, so a row count that may not come again should wait.
+        """
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
@@ -42,8 +50,12 @@ class PackedLinears:
             return
         if self._bytes_each > MAX_BYTES:
             return
+        self._asked[rows] += 1
+        if self._asked[rows] < after and not low_precision:
+            return
         while (len(self._rows) + 1) * self._bytes_each > MAX_BYTES:
             oldest = self._rows.pop(0)
+            del self._asked[oldest]
             for packed in self._packed:
                 del packed[oldest]
         for layer, packed in zip(self._layers, self._packed):

@@ -15,7 +15,7 @@ from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .chat import render_chat
 from .errors import UserError
-from .packing import PackedLinears
+from .packing import PATIENCE, PackedLinears
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -152,46 +152,53 @@ class Target:
         return logits, parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def new_cache(self, capacity: int) -> SlotCache:
-        """An empty cache with `capacity` slots."""
+        """An empty cache with one row of `capacity` slots; `claim` adds rows."""
         return SlotCache(self.num_layers, capacity)
 
-    def prefill(self, ids: list[int], cache: SlotCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the prompt; returns the last position's logits (1, V) and all features (1, P, F * hidden_size)."""
+    def prefill(self, ids: list[int], cache: SlotCache, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size)."""
         tokens = torch.tensor([ids], device=self.device)
         q = len(ids)
         ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
         offsets = torch.arange(q, device=self.device)[None]
-        logits, features = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
-        cache.keep(list(range(q)))
+        with cache.only(row):
+            logits, features = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
+            cache.keep([range(q)])
         return logits[:, -1], features
 
     def score(
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (1, M+1, V) and features (1, M+1, F * hidden_size) of the root (1, 1) and every node, in one pass.
+        """Logits (B, M+1, V) and features (B, M+1, F * hidden_size) of the roots (B, 1) and every node, in one pass.
 
-        The entries are written behind `cache.length`; `cache.keep` decides which of them stay.
+        Row b of root and tree goes on where row b of the cache ends. The entries are written behind the rows' lengths;
+        `cache.keep` decides which of them stay.
         """
-        self._packed.prepare(tree.budget + 1)
+        rows = root.shape[0]
+        # The row counts of batches come and go with the rows; only one that returns again and again is worth packing.
+        self._packed.prepare(rows * (tree.budget + 1), after=1 if rows == 1 else PATIENCE)
         return self._pass(torch.cat([root, tree.tokens], 1), tree.offsets(), ancestors, cache)
 
     def _pass(
         self, tokens: torch.Tensor, offsets: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        one = len(tokens) == 1
+        positions = offsets + (cache.length if one else cache.starts(self.device)[:, None])
         # Nodes past the context's edge can never be emitted; the clamp keeps learned positions in range.
-        positions = (offsets + cache.length).clamp_(max=self.max_context - 1)
-        masks = {
-            window: self._mask(window, positions, ancestors, cache.length) for window in set(self._windows.values())
-        }
+        positions.clamp_(max=self.max_context - 1)
+        build = self._mask if one else self._ragged_mask
+        masks = {window: build(window, positions, ancestors, cache) for window in set(self._windows.values())}
         mask: Any = next(iter(masks.values()))
         if len(self._windows) > 1:
             mask = {kind: masks[window] for kind, window in self._windows.items()}
         options |= {"position_ids": positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return self.forward(tokens, **options)
 
-    def _mask(self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, length: int) -> torch.Tensor:
+    def _mask(
+        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
+    ) -> torch.Tensor:
         """Additive mask (1, 1, q, length + q): everything committed, own ancestors, nothing else."""
-        q = positions.shape[1]
+        q, length = positions.shape[1], cache.length
         mask = torch.zeros(1, 1, q, length + q, dtype=self.dtype, device=self.device)
         low = torch.finfo(self.dtype).min
         if q > 1:
@@ -200,6 +207,25 @@ class Target:
             keys = torch.cat([torch.arange(length, device=self.device), positions[0]])
             mask.masked_fill_(positions[0, :, None] - keys >= window, low)
         return mask
+
+    def _ragged_mask(
+        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
+    ) -> torch.Tensor:
+        """`_mask` for rows of different lengths: (B, 1, q, longest + q), each row's new entries behind its own length.
+
+        Every query sees at least itself, so no row of the softmax is empty.
+        """
+        (batch, q), size = positions.shape, cache.length + positions.shape[1]
+        slots = torch.arange(size, device=self.device).expand(batch, size)
+        starts = cache.starts(self.device)[:, None]
+        new = starts + torch.arange(q, device=self.device)
+        seen = (slots < starts)[:, None].repeat(1, q, 1)
+        seen.scatter_(2, new[:, None].expand(-1, q, -1), ancestors)
+        if window is not None and size > window:
+            keys = slots.scatter(1, new, positions)
+            seen &= positions[:, :, None] - keys[:, None] < window
+        mask = torch.zeros(batch, 1, q, size, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~seen[:, None], torch.finfo(self.dtype).min)
 
     # ------------------------------------------------------------ text
 
@@ -241,7 +267,7 @@ class Target:
                     node = parents[node]
                 pairs.append((scored[0, i + 1], prompt + [root] + branch))
             second = tokens.index(nodes[3])
-            cache.keep([0, tokens.index(nodes[0]) + 1, second + 1])
+            cache.keep([[0, tokens.index(nodes[0]) + 1, second + 1]])
             empty = DraftTree.empty(1, self.device)
             last, _ = self.score(torch.tensor([[after]], device=self.device), empty, empty.ancestor_mask(), cache)
             pairs.append((last[0, 0], prompt + [root, nodes[0], nodes[3], after]))

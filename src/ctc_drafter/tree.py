@@ -62,6 +62,18 @@ class DraftTree:
         tokens, parents, depths = packed.unbind(1)
         return cls(tokens, parents, depths)
 
+    @classmethod
+    def stack(cls, trees: Sequence[DraftTree]) -> DraftTree:
+        """Trees of one row each as the rows of one tree, padded to the largest budget; without ``log_probs``."""
+        if len(trees) == 1:
+            return trees[0]
+        budget = max(tree.budget for tree in trees)
+
+        def rows(name: str, fill: int) -> Tensor:
+            return torch.cat([_padded(getattr(tree, name), budget, fill) for tree in trees])
+
+        return cls(rows("tokens", 0), rows("parents", ROOT), rows("depths", 1))
+
     def ancestor_mask(self) -> Tensor:
         """Who sees whom: (B, M+1, M+1) bool, row = query, column = key, index 0 = root.
 
@@ -99,6 +111,11 @@ class DraftTree:
             raise ValueError("a parent must be -1 (the root) or come before its child")
         if not torch.equal(self.offsets().gather(1, self.parents + 1) + 1, self.depths):
             raise ValueError("a node's depth must be its parent's depth + 1")
+
+
+def _padded(row: Tensor, budget: int, fill: int) -> Tensor:
+    missing = budget - row.shape[1]
+    return torch.nn.functional.pad(row, (0, missing), value=fill) if missing else row
 
 
 def _trie(paths: Sequence[Sequence[int]], budget: int) -> list[list[int]]:

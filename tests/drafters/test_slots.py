@@ -84,6 +84,26 @@ def test_steps_equal_the_training_pass(drafter: SlotDrafter, chunks: list[int]) 
             torch.testing.assert_close(slots, want[:, end - 1], rtol=1e-5, atol=1e-5 * float(want.std()))
 
 
+def test_twins_draft_together_what_they_draft_alone(drafter: SlotDrafter) -> None:
+    """Ragged numbers of new pairs; a twin joins later, one leaves, and they may draft alone in between."""
+    target = drafter.target
+    width = target.hidden_size * len(drafter.feature_layers)
+    together, alone = ([drafter.twin() for _ in range(3)] for _ in range(2))
+    for one in (*together, *alone):
+        one.start(40)
+    rounds = [({0: 7, 1: 1}, True), ({0: 2, 1: 3, 2: 9}, True), ({0: 1, 1: 1, 2: 1}, False), ({1: 4, 2: 2}, True)]
+    with torch.inference_mode():
+        for counts, at_once in rounds:
+            pairs = [(torch.randn(1, n, width), torch.randint(0, target.vocab_size, (1, n))) for n in counts.values()]
+            mine = [together[i] for i in counts]
+            got = drafter.draft_together(mine, pairs) if at_once else [d.draft(*p) for d, p in zip(mine, pairs)]
+            for i, (logits, root), pair in zip(counts, got, pairs):
+                want, want_root = alone[i].draft(*pair)
+                torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+                assert torch.equal(root, want_root)
+                assert together[i].tree((logits, root), 6).budget == 6
+
+
 def test_anchors_see_no_future(drafter: SlotDrafter) -> None:
     """Features and tokens behind an anchor's root do not change its slots."""
     target = drafter.target

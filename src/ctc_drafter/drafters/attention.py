@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,55 @@ class DraftModule(nn.Module):
         self._length = start + n
         out: torch.Tensor = self.norm(x)
         return out
+
+    def together(self, modules: Sequence[DraftModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """`step` of several modules that share weights: (B, N, width).
+
+        context (1, sum of counts, width): each one's new pairs, one module after the other. Products with weights run
+        over all of them at once; attention reads each one's own cache, so it goes one by one and nothing is padded.
+        """
+        size, slots, device = sum(counts), self.slots, context.device
+        ends = [module._length + n for module, n in zip(modules, counts)]
+        spans = [(end - n, end) for end, n in zip(ends, counts)] + [(end, end + slots) for end in ends]
+        positions = torch.cat([torch.arange(a + 1, b + 1, device=device) for a, b in spans])
+        cos, sin = self.cos[positions], self.sin[positions]
+        x = context[0, torch.tensor(counts, device=device).cumsum(0) - 1][:, None] + self.slot_embedding
+        for index, layer in enumerate(self.layers):
+            normed = layer.norm(torch.cat([context, x.flatten(0, 1)[None]], 1))
+            k, v = layer.keys_values(normed)
+            k, q = rotate(k, cos, sin), rotate(layer.queries(normed[:, size:]), cos[size:], sin[size:])
+            pieces = zip(
+                modules,
+                *(t[:, :, :size].split(list(counts), 2) for t in (k, v)),
+                *(t[:, :, size:].split(slots, 2) for t in (k, v)),
+                q.split(slots, 2),
+            )
+            attended = torch.cat([module._attend_own(index, *piece) for module, *piece in pieces])
+            x = layer.finish(x, attended)
+        for module, end in zip(modules, ends):
+            module._length = end
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    def _attend_own(
+        self,
+        index: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_slots: torch.Tensor,
+        v_slots: torch.Tensor,
+        q: torch.Tensor,
+    ) -> torch.Tensor:
+        """Append new pairs (1, G, n, d) to this layer's cache; the slots (1, ., N, d) attend -> (1, N, H * d)."""
+        cache, start = self._keys_values[index], self._length
+        middle = start + k.shape[2]
+        end = middle + self.slots
+        for all_slots, new, own in zip(cache, (k, v), (k_slots, v_slots)):
+            all_slots[:, :, start:middle] = new
+            all_slots[:, :, middle:end] = own
+        grouped = q.reshape(1, k.shape[1], -1, k.shape[3])
+        attended = F.scaled_dot_product_attention(grouped, cache[0, :, :, :end], cache[1, :, :, :end])
+        return attended.reshape(q.shape).transpose(1, 2).flatten(-2)
 
     # ------------------------------------------------------------ training
 

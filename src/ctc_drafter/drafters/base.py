@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -48,12 +49,26 @@ class Drafter(nn.Module):
     stateless: ClassVar[bool] = False
     serves: object = None
     """The generation whose context the drafter holds."""
+    drafts_together: ClassVar[bool] = False
+    """Whether `draft_together` is there; if not, the rows of a batch are drafted for one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lineage = object()
+        """The same for all twins, which share their weights."""
 
     def start(self, capacity: int) -> None:
         """Forget the last sequence; at most `capacity` positions will follow."""
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
+        raise NotImplementedError
+
+    def draft_together(self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
+        """What each twin's `draft` returns for its own pairs, up to rounding, in one run of the module.
+
+        twins: of this drafter, each with a sequence of its own; pairs: what each one's `draft` takes.
+        """
         raise NotImplementedError
 
     def tree(self, guess: Any, budget: int) -> DraftTree:
@@ -76,6 +91,17 @@ class Drafter(nn.Module):
         Returns the mean loss and named detached metrics.
         """
         raise NotImplementedError
+
+    def twin(self) -> Self:
+        """A drafter of the same weights with a sequence of its own, so that each can serve a generation meanwhile.
+
+        What `start` makes must be plain attributes of the drafter or of its direct submodules, and made anew each time:
+        these objects are copied, everything below them (layers, parameters, packed weights) is shared.
+        """
+        other = copy.copy(self)
+        other._modules = {name: copy.copy(module) for name, module in self._modules.items()}
+        other.serves = None
+        return other
 
     @property
     def num_parameters(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,10 @@ class HeadsModule(nn.Module):
     def step(self, context: torch.Tensor) -> torch.Tensor:
         """Slots after the newest feature of context (1, n, width): (1, N, width)."""
         return self._slots(context[:, -1])
+
+    def together(self, modules: Sequence[HeadsModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """`step` for several at once, see `DraftModule.together`."""
+        return self._slots(context[0, torch.tensor(counts, device=context.device).cumsum(0) - 1])
 
     def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         """context (B, T, width), anchors (B, A) -> slots (B, A, N, width)."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..lattice.pool import LabelContext
 from ..lattice.prefix import best_tree
-from ..packing import PackedLinears
+from ..packing import PATIENCE, PackedLinears
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule, fit_shape
@@ -82,6 +82,7 @@ class SlotDrafter(TrainableDrafter):
     """
 
     config: Any
+    drafts_together = True
 
     def __init__(self, config: Any, target: Target, *, blank: bool, context: bool) -> None:
         super().__init__(config, target)
@@ -95,6 +96,7 @@ class SlotDrafter(TrainableDrafter):
         if blank:
             self.blank = nn.Parameter(torch.zeros(1, width))
         self.keep_tokens(config.vocabulary)
+        self._packed: tuple[PackedLinears, ...] = ()
         self._head: tuple[nn.Linear, ...] = ()  # over the kept tokens, hidden from parameters() and state_dict()
         self._tables: tuple[torch.Tensor, ...] | None = None  # label context: keys of all tokens, of the kept, values
         if context:
@@ -140,6 +142,7 @@ class SlotDrafter(TrainableDrafter):
             self._tables = (keys, keys[self.kept] if self.config.vocabulary else keys, values)
         packed = PackedLinears([head, *(m for m in self.module.modules() if type(m) is nn.Linear)])
         packed.prepare(self.config.slots)
+        self._packed = (packed,)
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """With a row for the blank, whether or not there is one."""
@@ -151,10 +154,22 @@ class SlotDrafter(TrainableDrafter):
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
         context = self.module.context(features, self.target.embedding(next_tokens))
-        logits: torch.Tensor = self._head[0](self.module.step(context))
-        if not self.has_blank:
-            logits = F.pad(logits, (0, 1), value=-torch.inf)
-        return logits, next_tokens[:, -1:]
+        return self._logits(self.module.step(context)), next_tokens[:, -1:]
+
+    def draft_together(
+        self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        features, tokens = (torch.cat(parts, 1) for parts in zip(*pairs))
+        counts = [next_tokens.shape[1] for _, next_tokens in pairs]
+        self._packed[0].prepare(len(twins) * self.config.slots, after=PATIENCE)
+        context = self.module.context(features, self.target.embedding(tokens))
+        logits = self._logits(self.module.together([twin.module for twin in twins], context, counts))
+        return [(row, next_tokens[:, -1:]) for row, (_, next_tokens) in zip(logits.split(1), pairs)]
+
+    def _logits(self, slots: torch.Tensor) -> torch.Tensor:
+        """(B, N, width) -> (B, N, K + 1)."""
+        logits: torch.Tensor = self._head[0](slots)
+        return logits if self.has_blank else F.pad(logits, (0, 1), value=-torch.inf)
 
     def tree(self, guess: tuple[torch.Tensor, torch.Tensor], budget: int) -> DraftTree:
         return self.prefix_tree(*guess, budget)

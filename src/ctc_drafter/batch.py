@@ -1,0 +1,172 @@
+"""Several generations at once: rows that begin and end at any step share every pass of the target."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .acceptance import Sampling
+from .decoding import Clock, Ending, Loop, Row, Step
+from .drafters import Drafter, NoDrafter
+from .errors import UserError
+from .pace import Pace
+from .target import Target
+
+
+class Batch:
+    """Continuous batching: `add` a prompt at any time, `step` all rows together, `cancel` any of them.
+
+        batch = Batch(target, drafter, rows=8)
+        keys = [batch.add(ids) for ids in prompts]
+        while len(batch):
+            for key, step in batch.step():
+                ...
+
+    The steps of a row are those that `generate` yields for its prompt alone, up to rounding: in float32 the tokens are
+    equal, those of a row that is sampled with a seed too. Twins of the drafter serve the rows; it may serve others
+    meanwhile.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        *,
+        rows: int = 8,
+        budget: int = 8,
+        context: int | None = None,
+        adaptive: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """rows: how many run at most; budget: draft nodes of each row in a pass, so `rows * budget` in all.
+
+        context: the most positions of a row, prompt and answer together (None: the target's). The cache holds no more
+        than `rows * (context + budget + 1)` of them: as many for each row as the longest one needs, and none while no
+        row runs. adaptive: draft only, and only as much, as `clock` (seconds) shows to be faster at the present number
+        of rows. Raises UserError for sizes below 1 (budget: 0).
+        """
+        if rows < 1 or budget < 0 or (context is not None and context < 1):
+            raise UserError("A batch needs rows and context of at least 1 and a budget of at least 0.")
+        self.target, self.max_rows, self.budget = target, rows, budget
+        self.context = min(target.max_context, context or target.max_context)
+        self._loop = Loop(target, budget, rows)
+        self._rows: dict[int, Row] = {}
+        self._waiting: dict[int, tuple[Row, list[int]]] = {}
+        self._keys = 0
+        self._drafter = drafter
+        self._idle: list[Drafter] = []  # twins of it
+        self._lent: set[Row] = set()  # the rows that they serve
+        self._pace = Pace(sorted({budget, (budget + 1) // 2, 0}, reverse=True)) if adaptive and budget else None
+        self._clock = clock
+
+    @property
+    def free(self) -> int:
+        """How many prompts may be added now."""
+        return self.max_rows - len(self)
+
+    def __len__(self) -> int:
+        """Rows that run, those not begun yet included."""
+        return len(self._rows) + len(self._waiting)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the key/value cache."""
+        return 0 if self._loop.cache is None else self._loop.cache.nbytes
+
+    def add(
+        self,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        drafter: Drafter | None = None,
+    ) -> int:
+        """Begin a row at the next step; returns its key.
+
+        drafter: one for this row alone until it ends (None: a twin of the batch's); `NoDrafter()` decodes it plainly.
+        All drafters of a batch must read the same feature layers, or none. Raises UserError where `generate` does, if
+        no row is free, and if prompt and answer need more than `context`.
+        """
+        ending = Ending.of(self.target, prompt_ids, max_new_tokens, stop)
+        if not self.free:
+            raise UserError(
+                f"All {self.max_rows} rows of the batch are taken; wait for one to end, or allow more rows."
+            )
+        if len(prompt_ids) + ending.limit > self.context:
+            raise UserError(
+                f"A prompt of {len(prompt_ids)} tokens and an answer of up to {ending.limit} do not fit into the "
+                f"{self.context} positions of a row; shorten them or give the batch a larger context."
+            )
+        layers = self._drafter.feature_layers
+        if drafter is not None and drafter.feature_layers not in ((), layers):
+            raise UserError(
+                f"Drafter '{drafter.name}' reads the layers {list(drafter.feature_layers)} of the target and the "
+                f"batch's reads {list(layers)}; all rows of a batch must read the same."
+            )
+        self._keys += 1
+        mine = drafter or (self._idle.pop() if self._idle else self._drafter.twin())
+        row = Row(self.target, mine, sampling or Sampling(), ending)
+        if drafter is None:
+            self._lent.add(row)
+        self._waiting[self._keys] = row, list(prompt_ids)
+        return self._keys
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Step]]:
+        """Advance every running row by one pass, then read the prompts of the added ones: a Step for each row.
+
+        A row is gone with the Step that has a `finish`. What fails is told by a Step with the `error`: a row's own
+        drafter or prompt ends that row alone, a failure of the shared pass all that run.
+        """
+        steps = self._advance() if self._rows else []
+        while self._waiting:
+            key = next(iter(self._waiting))
+            row, prompt_ids = self._waiting.pop(key)
+            try:
+                step = self._loop.join(row, prompt_ids, Clock(self.target.device, False))
+            except Exception as error:
+                step = Step.failed(error)
+            self._rows[key] = row
+            steps.append((key, step))
+        for key, step in steps:
+            if step.finish is not None:
+                self._end(key)
+        return steps
+
+    @torch.inference_mode()
+    def cancel(self, key: int) -> None:
+        """End a row before its next step and free its place; nothing happens if it has ended."""
+        if key in self._waiting:
+            self._rows[key] = self._waiting.pop(key)[0]
+        if key in self._rows:
+            self._end(key)
+
+    # ------------------------------------------------------------
+
+    def _advance(self) -> list[tuple[int, Step]]:
+        count = len(self._rows)
+        drafting = any(type(row.drafter) is not NoDrafter for row in self._rows.values())
+        pace = self._pace if drafting else None
+        budget = pace.choose(count) if pace else self.budget
+        began = self._clock()
+        try:
+            steps = self._loop.step(budget, Clock(self.target.device, False))
+        except Exception as error:
+            return [(key, Step.failed(error)) for key in self._rows]
+        if pace:
+            pace.record(count, budget, sum(len(step.tokens) for _, step in steps), self._clock() - began)
+        key_of = {row: key for key, row in self._rows.items()}
+        return [(key_of[row], step) for row, step in steps]
+
+    def _end(self, key: int) -> None:
+        """Free the row's place; a twin is kept for another row, without what it remembers."""
+        row = self._rows.pop(key)
+        self._loop.leave(row)
+        if row in self._lent:
+            self._lent.remove(row)
+            row.drafter.start(0)
+            row.drafter.serves = None
+            self._idle.append(row.drafter)

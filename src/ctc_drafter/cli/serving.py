@@ -1,0 +1,132 @@
+"""The commands that answer others: serve and chat."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .options import (
+    BUDGET,
+    Budget,
+    Device,
+    DrafterName,
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    Repetition,
+    Seed,
+    TargetName,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Trust,
+    command,
+    load_drafter,
+    load_target,
+    sampling_of,
+)
+
+EMBEDDED_NAME = "embedded"
+
+
+@command
+def serve(
+    target: TargetName = None,
+    drafter: DrafterName = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    budget: Budget = BUDGET,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Answers generated at once.")] = 8,
+    queue: Annotated[int, typer.Option("--queue", min=0, help="Answers that may wait for a slot.")] = 64,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")
+    ] = 300,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request.")] = 2**20,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer; requests for more end there.")
+    ] = 1024,
+    name: Annotated[
+        str | None, typer.Option("--model-name", help="By which clients ask. Default: the target's.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", help="Environment variable with the key that clients must send.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Serve the target by OpenAI's API, with a page to chat at."""
+    key = _key(api_key_env)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"`serve` needs {error.name}, which is not installed; run: pip install 'ctc-drafter[serve]'"
+        ) from None
+    from ..serving.app import Limits, Service, create_app
+    from ..serving.scheduler import Scheduler
+    from ..serving.server import bind, run
+
+    bound = bind(host, port)
+    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
+    scheduler = Scheduler(loaded, drafters, budget=budget, slots=slots, queue=queue, timeout=timeout)
+    service = Service(
+        loaded,
+        scheduler,
+        name=name or (EMBEDDED_NAME if target is None else loaded.name),
+        drafter=next(iter(drafters)),
+        key=key,
+        limits=Limits(max_body=max_body, max_new_tokens=max_new_tokens),
+    )
+
+    def ready() -> None:
+        shown = f"[{host}]" if ":" in host else host
+        place = f"http://{shown}:{bound.getsockname()[1]}"
+        print(f"Serving {service.name} with drafter {service.drafter}: page {place}/ API {place}/v1", flush=True)
+
+    run(create_app(service), scheduler, bound, ready)
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"The environment variable '{variable}' holds no key; set it, or leave --api-key-env out.")
+    return key
+
+
+@command
+def chat(
+    target: TargetName = None,
+    drafter: DrafterName = None,
+    system: Annotated[str | None, typer.Option("--system", help="What to tell the model before all.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    budget: Budget = BUDGET,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Repetition = 1.0,
+    seed: Seed = None,
+    stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau after each answer.")] = True,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Talk with the target in the terminal: /reset begins anew, /exit ends, Ctrl-C stops an answer."""
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    from ..serving.chat import Conversation, talk
+
+    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    chosen = load_drafter(drafter, loaded)
+    talk(Conversation(loaded, chosen, sampling, budget=budget, max_new_tokens=max_new_tokens, system=system), stats)

@@ -1,0 +1,104 @@
+"""How much to draft for the rows that run now: what gives the most tokens per second, by running averages."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+WINDOW = 9
+"""Passes over which the median time is taken: one that was disturbed does not count."""
+MEMORY = 128
+"""Rows of passes over which the average number of tokens reaches back, about."""
+SHORTEST, LONGEST = 64, 512
+"""Passes between two probes of what is not chosen; the distance doubles while the choice stands."""
+BURST = 3
+"""Passes of a probe. The time of the first does not count: the drafters catch up in it."""
+FIRST, SURE = 8, 96
+"""Rows of passes that a candidate is tried for before it is judged; and from which on its tokens are believed."""
+NEAR = 1.25
+"""A row count within this ratio of a measured one, but not between two, is judged in proportion to it."""
+
+
+class Pace:
+    """Chooses a budget for each pass from a few candidates, 0 (plain decoding) being one of them.
+
+    Drafting pays while the pass is bound by memory traffic: the more rows run, the more a pass costs by its nodes. How
+    much depends on machine, model and text, so it is measured as the passes go: seconds of a pass for each candidate
+    and number of rows, and tokens per row for each candidate, whatever the number of rows. The best candidate runs; the
+    others are probed now and then, at most BURST passes of SHORTEST + BURST. What is emitted does not depend on it.
+    """
+
+    def __init__(self, budgets: Sequence[int]) -> None:
+        """budgets: the candidates, tried in this order where nothing is known."""
+        self.budgets = tuple(budgets)
+        self._seconds: dict[int, dict[int, deque[float]]] = {b: {} for b in self.budgets}
+        self._tokens: dict[int, float] = {}
+        """Per row and pass."""
+        self._counted: dict[int, int] = {}
+        self._last: int | None = None
+        self._burst: tuple[int, int] = (0, 0)
+        """The candidate that is probed, and the passes left of that."""
+        self._patience: dict[int, int] = {}
+        self._since: dict[int, int] = {}
+        self._best: dict[int, int] = {}
+        self._turn = 0
+
+    def choose(self, rows: int) -> int:
+        """The budget of the next pass, which `rows` rows make."""
+        probed, left = self._burst
+        if left:
+            return probed
+        unknown = [b for b in self.budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
+        if unknown:
+            return self._probe(unknown[0])
+        best = max(self.budgets, key=lambda b: self.rate(b, rows))
+        if best != self._best.get(rows):
+            self._best[rows], self._patience[rows], self._since[rows] = best, SHORTEST, 0
+        self._since[rows] += 1
+        if self._since[rows] > self._patience[rows] and len(self.budgets) > 1:
+            self._since[rows], self._patience[rows] = 0, min(2 * self._patience[rows], LONGEST)
+            others = [b for b in self.budgets if b != best]
+            self._turn += 1
+            return self._probe(others[self._turn % len(others)])
+        return best
+
+    def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
+        """A pass of `rows` rows with this budget emitted `tokens` in all, in so many seconds."""
+        probed, left = self._burst
+        self._burst = (probed, max(0, left - 1))
+        each = tokens / rows
+        old, self._counted[budget] = self._tokens.get(budget, 0.0), min(self._counted.get(budget, 0) + rows, MEMORY)
+        self._tokens[budget] = old + (each - old) * rows / max(rows, self._counted[budget])
+        if budget == self._last:
+            self._seconds[budget].setdefault(rows, deque(maxlen=WINDOW)).append(seconds)
+        self._last = budget
+
+    def rate(self, budget: int, rows: int) -> float:
+        """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unknown."""
+        seconds, count = self.seconds(budget, rows), self._counted.get(budget, 0)
+        if not seconds:
+            return 0.0
+        # Accepted lengths spread by about 1, so this is two standard errors.
+        doubt = 2 / math.sqrt(count) if budget and count < SURE else 0.0
+        return rows * (self._tokens[budget] + doubt) / seconds
+
+    def seconds(self, budget: int, rows: int) -> float | None:
+        """Of a pass: measured at this number of rows, or between two others, or near to one; None if unknown."""
+        known = self._seconds[budget]
+        if rows in known:
+            return median(known[rows])
+        below = max((r for r in known if r < rows), default=None)
+        above = min((r for r in known if r > rows), default=None)
+        if below is not None and above is not None:
+            low, high = median(known[below]), median(known[above])
+            return low + (high - low) * (rows - below) / (above - below)
+        nearest = above if below is None else below
+        if nearest is None or max(nearest, rows) > NEAR * min(nearest, rows):
+            return None
+        return median(known[nearest]) * rows / nearest
+
+    def _probe(self, budget: int) -> int:
+        self._burst = (budget, BURST)
+        return budget

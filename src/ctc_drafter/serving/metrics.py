@@ -1,0 +1,83 @@
+"""What `/metrics` tells, in the format of Prometheus."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .answers import Reply, Said
+from .scheduler import Scheduler
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.registry = registry = CollectorRegistry()
+        kind = ["drafter"]
+
+        def counter(name: str, help: str, labels: list[str]) -> Counter:
+            return Counter(f"ctc_drafter_{name}", help, labels, registry=registry)
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"ctc_drafter_{name}_seconds", help, kind, buckets=buckets, registry=registry)
+
+        def gauge(name: str, help: str, value: Any) -> None:
+            Gauge(f"ctc_drafter_{name}", help, registry=registry).set_function(value)
+
+        self.requests = counter("requests", "HTTP requests.", ["path", "status"])
+        self._prompt = counter("prompt_tokens", "Tokens of prompts.", kind)
+        self._tokens = counter("completion_tokens", "Tokens of answers.", kind)
+        self._steps = counter("steps", "Verification steps; tau is 1 + accepted / steps.", kind)
+        self._drafted = counter("drafted_tokens", "Draft nodes scored.", kind)
+        self._accepted = counter("accepted_tokens", "Draft tokens accepted.", kind)
+        self._left = counter("abandoned_requests", "Requests whose client left before the end.", kind)
+        self._first = histogram("time_to_first_token", "From a request to its first token.", _SECONDS)
+        self._each = histogram("time_per_token", "Mean time per token after the first, by answer.", _PER_TOKEN)
+        self._whole = histogram("request", "From a request to its last token.", _SECONDS)
+        gauge("running", "Generations that run.", lambda: scheduler.stats().running)
+        gauge("waiting", "Generations in the queue.", lambda: scheduler.stats().waiting)
+        gauge("slots", "Generations that can run at once.", lambda: scheduler.slots)
+
+    def text(self) -> bytes:
+        """The page."""
+        return generate_latest(self.registry)
+
+
+class Clock:
+    """Counts one call, from its arrival on."""
+
+    def __init__(self, metrics: Metrics, reply: Reply) -> None:
+        self._metrics, self._reply = metrics, reply
+        self._kind = reply.call.drafter
+        self._began = time.monotonic()
+        self._first: dict[int, float] = {}
+        metrics._prompt.labels(self._kind).inc(sum(len(ids) for ids in reply.call.prompts))
+
+    def count(self, said: Said) -> None:
+        """Count a step."""
+        metrics, kind, step = self._metrics, self._kind, said.step
+        metrics._tokens.labels(kind).inc(len(step.tokens))
+        if "prefill" not in step.seconds:
+            metrics._steps.labels(kind).inc()
+            metrics._drafted.labels(kind).inc(step.drafted)
+            metrics._accepted.labels(kind).inc(step.accepted)
+        if said.index not in self._first:
+            self._first[said.index] = said.at
+            metrics._first.labels(kind).observe(said.at - self._began)
+        if said.finish is not None:
+            later = len(self._reply.choices[said.index].answer.tokens) - 1
+            if later > 0:
+                metrics._each.labels(kind).observe((said.at - self._first[said.index]) / later)
+            if all(choice.finish is not None for choice in self._reply.choices):
+                metrics._whole.labels(kind).observe(said.at - self._began)
+
+    def abandon(self) -> None:
+        """The client has left."""
+        if any(choice.finish is None for choice in self._reply.choices):
+            self._metrics._left.labels(self._kind).inc()

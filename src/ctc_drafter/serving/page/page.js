@@ -1,0 +1,355 @@
+"use strict";
+// Chat with the model, and see which tokens of each step the drafter had guessed. Text enters the page as text only.
+
+const $ = (id) => document.getElementById(id);
+const IDEAS = [
+  "Tom has 3 apples and buys 5 more. How many has he?",
+  "Give three tips for staying healthy.",
+  "Write a short poem about rain.",
+  "Explain what a function is in programming.",
+];
+const state = { model: null, messages: [], running: null };
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// ---------------------------------------------------------------- the server
+
+function headers() {
+  const key = $("key").value;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+async function failure(response) {
+  if (response.status === 401) {
+    $("keyfield").hidden = false;
+    $("settings").open = true;
+  }
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The server answered with status ${response.status}.`;
+  }
+}
+
+async function connect() {
+  const status = $("model");
+  status.classList.remove("bad");
+  try {
+    const response = await fetch("v1/models", { headers: headers() });
+    if (!response.ok) throw new Error(await failure(response));
+    state.model = (await response.json()).data[0];
+    const { id, drafter, max_model_len: context } = state.model;
+    status.textContent = drafter === "none" ? `${id}, no drafter` : `${id} with drafter ${drafter}, context ${context}`;
+    if (drafter === "none") {
+      document.querySelector("[value=plain]").checked = true;
+      $("modes").hidden = true;
+    }
+  } catch (error) {
+    state.model = null;
+    status.textContent = error instanceof TypeError ? "The server cannot be reached." : error.message;
+    status.classList.add("bad");
+  }
+}
+
+async function* events(body, signal) {
+  const options = { method: "POST", headers: headers(), body: JSON.stringify(body), signal };
+  const response = await fetch("v1/chat/completions", options);
+  if (!response.ok) throw new Error(await failure(response));
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new Error("The connection broke before the answer was complete.");
+    const parts = (text + value).split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Error(chunk.error.message);
+      yield chunk;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- answers
+
+class Answer {
+  constructor(drafter) {
+    this.drafter = drafter;
+    this.text = "";
+    this.tokens = this.accepted = this.steps = this.seconds = 0;
+    this.finished = false;
+    this.numbers = {};
+    const list = make("dl");
+    for (const name of drafter === "none" ? ["tokens/s", "tokens"] : ["tokens/s", "tau", "tokens"]) {
+      this.numbers[name] = make("dd", {}, "–");
+      list.append(make("div", {}, make("dt", {}, name), this.numbers[name]));
+    }
+    list.title = "tokens/s by the time that the model took for this answer; tau: tokens per pass of the model";
+    const title = make("h2", {}, drafter === "none" ? "plain" : `drafted by ${drafter}`);
+    this.body = make("p", { class: "text" });
+    this.element = make("article", { class: "answer live" }, make("header", {}, title, list), this.body);
+  }
+
+  get speed() { return this.tokens / this.seconds; }
+
+  get passes() { return this.steps + 1; }
+
+  add(chunk) {
+    const told = chunk.ctc_drafter;
+    if (!told) return;
+    this.tokens += told.tokens;
+    this.seconds += told.seconds;
+    if (!told.prefill) {
+      this.steps += 1;
+      this.accepted += told.accepted;
+    }
+    this.append(told);
+    this.finished ||= chunk.choices[0].finish_reason !== null;
+    this.numbers["tokens/s"].textContent = this.speed.toFixed(0);
+    this.numbers.tokens.textContent = this.tokens;
+    if (this.numbers.tau && this.steps) this.numbers.tau.textContent = ((this.tokens - 1) / this.steps).toFixed(2);
+  }
+
+  append(told) {
+    const step = make("span", { class: "step", tabindex: this.body.childElementCount ? "-1" : "0" });
+    for (const [text, accepted] of told.pieces) {
+      step.append(accepted ? make("span", { class: "run" }, text) : text);
+      this.text += text;
+    }
+    step.told = told;
+    step.setAttribute("role", "note");
+    step.setAttribute("aria-label", `${step.textContent} (${summary(told)})`);
+    this.body.append(step);
+  }
+
+  fail(message) { this.element.append(make("p", { class: "error", role: "alert" }, message)); }
+}
+
+function summary(told) {
+  if (told.prefill) return "first token, from reading the prompt";
+  if (!told.drafted) return "one token, nothing drafted";
+  return `${told.accepted} of ${told.drafted} drafted tokens accepted, ${told.tokens} in one pass`;
+}
+
+function request(drafter) {
+  const body = {
+    model: state.model.id,
+    messages: state.messages,
+    stream: true,
+    temperature: Number($("temperature").value),
+    max_tokens: Number($("length").value) || 200,
+    ctc_drafter: { steps: true, tree: drafter !== "none", drafter },
+  };
+  if ($("seed").value !== "") body.seed = Number($("seed").value);
+  return body;
+}
+
+async function fill(answer, signal) {
+  try {
+    for await (const chunk of events(request(answer.drafter), signal)) {
+      const low = $("chat").scrollHeight - $("chat").scrollTop - $("chat").clientHeight < 60;
+      answer.add(chunk);
+      if (low) $("chat").scrollTop = $("chat").scrollHeight;
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") answer.fail(error instanceof TypeError ? "The connection to the server broke." : error.message);
+  } finally {
+    answer.element.classList.remove("live");
+  }
+}
+
+async function ask(text) {
+  if (state.running) return;
+  if (!state.model) await connect();
+  if (!state.model) return;
+  $("welcome").hidden = true;
+  state.messages.push({ role: "user", content: text });
+  const mode = document.querySelector("[name=mode]:checked").value;
+  const kinds = { drafted: [state.model.drafter], plain: ["none"], both: ["none", state.model.drafter] }[mode];
+  const answers = kinds.map((kind) => new Answer(kind));
+  const row = make("div", { class: mode === "both" ? "answers both" : "answers" }, ...answers.map((a) => a.element));
+  $("chat").append(make("div", { class: "ask" }, make("p", {}, text)), row);
+  $("chat").scrollTop = $("chat").scrollHeight;
+  state.running = new AbortController();
+  $("send").textContent = "Stop";
+  await Promise.all(answers.map((answer) => fill(answer, state.running.signal)));
+  state.running = null;
+  $("send").textContent = "Send";
+  const last = answers[answers.length - 1];
+  if (last.text) state.messages.push({ role: "assistant", content: last.text });
+  else state.messages.pop();
+  if (mode === "both" && answers.every((a) => a.finished)) {
+    $("chat").append(verdict(...answers));
+    $("chat").scrollTop = $("chat").scrollHeight;
+  }
+}
+
+function verdict(plain, drafted) {
+  let same = plain.text === drafted.text ? "The same text in " : "The texts differ (in low precision near-ties can swap): ";
+  if (Number($("temperature").value) > 0) same = "Two samples of one distribution: ";
+  const passes = make("strong", {}, `${drafted.passes} passes instead of ${plain.passes}`);
+  const speed = (drafted.speed / plain.speed).toFixed(2);
+  return make("p", { class: "verdict", role: "status" }, same, passes, ` of the model, at ${speed} times the speed.`);
+}
+
+// ---------------------------------------------------------------- draft trees
+
+const SVG = "http://www.w3.org/2000/svg";
+const ROW = 34, GAP = 26, HEIGHT = 24, CHARACTER = 7.9;
+
+function svg(tag, attributes, ...children) {
+  const element = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const visible = (text) => text.replaceAll("\n", "⏎").replaceAll(" ", "␣").slice(0, 18);
+
+function layout(nodes) {
+  // Leaves take a row each, parents stand at their first child's height; columns are as wide as their widest token.
+  const placed = nodes.map((node) => ({ ...node, label: visible(node.text), children: [] }));
+  const top = { children: [], depth: 0 };
+  for (const node of placed) {
+    const parent = node.parent < 0 ? top : placed[node.parent];
+    node.depth = parent.depth + 1;
+    parent.children.push(node);
+  }
+  let rows = 0;
+  const place = (node) => {
+    node.row = rows;
+    node.children.forEach((child, i) => {
+      if (i) rows += 1;
+      place(child);
+    });
+  };
+  place(top);
+  const widths = [];
+  for (const node of placed) {
+    node.share = node.log_prob === null ? "" : `${Math.round(100 * Math.exp(node.log_prob))}%`;
+    node.width = (node.label.length * CHARACTER) + (node.share ? 42 : 14);
+    widths[node.depth] = Math.max(widths[node.depth] || 0, node.width);
+  }
+  const lefts = [0];
+  for (let depth = 1; depth < widths.length; depth += 1) lefts[depth] = (lefts[depth - 1] || 0) + (widths[depth - 1] || 0) + GAP;
+  return { placed, lefts, width: lefts[lefts.length - 1] + (widths[widths.length - 1] || 0) + 2, height: (rows + 1) * ROW };
+}
+
+function picture(nodes) {
+  const { placed, lefts, width, height } = layout(nodes);
+  const edges = [], boxes = [];
+  const middle = (row) => row * ROW + HEIGHT / 2 + 1;
+  for (const node of placed) {
+    const x = lefts[node.depth], y = middle(node.row);
+    const parent = node.parent < 0 ? null : placed[node.parent];
+    const from = parent ? lefts[parent.depth] + parent.width : 6, fromY = parent ? middle(parent.row) : middle(0);
+    const taken = node.accepted ? "taken" : "";
+    const edge = svg("path", { class: taken, d: `M${from} ${fromY} C${from + 14} ${fromY} ${x - 14} ${y} ${x} ${y}` });
+    if (node.accepted) edges.push(edge); else edges.unshift(edge);
+    const parts = [
+      svg("rect", { x, y: y - HEIGHT / 2, width: node.width, height: HEIGHT, rx: 6 }),
+      svg("text", { x: x + 7, y: y + 4.5 }, node.label),
+    ];
+    if (node.share) {
+      const end = x + node.width - 6;
+      parts.push(svg("text", { x: end, y: y + 4, class: "share", "text-anchor": "end" }, node.share));
+    }
+    boxes.push(svg("g", { class: taken }, ...parts));
+  }
+  const root = svg("circle", { cx: 4, cy: middle(0), r: 4, fill: "currentColor" });
+  return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...edges, root, ...boxes);
+}
+
+function show(step) {
+  hide();
+  if (!step || !step.told) return;
+  step.classList.add("shown");
+  const box = $("tree"), { tree } = step.told;
+  box.replaceChildren(make("p", {}, summary(step.told)), ...(tree && tree.length ? [picture(tree)] : []));
+  if (tree && tree.length) box.append(make("p", { class: "key" }, "Per cent: the drafter’s probability of the path so far."));
+  box.hidden = false;
+  const at = step.getBoundingClientRect();
+  const left = Math.max(8, Math.min(at.left, innerWidth - box.offsetWidth - 8));
+  const below = at.bottom + 8 + box.offsetHeight < innerHeight;
+  box.style.left = `${left}px`;
+  box.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - box.offsetHeight - 8)}px`;
+}
+
+function hide() {
+  $("tree").hidden = true;
+  for (const step of document.querySelectorAll(".step.shown")) step.classList.remove("shown");
+}
+
+// ---------------------------------------------------------------- events of the page
+
+const stepOf = (event) => (event.target.closest ? event.target.closest(".text .step") : null);
+
+$("chat").addEventListener("pointerover", (event) => (stepOf(event) ? show(stepOf(event)) : hide()));
+$("chat").addEventListener("focusin", (event) => show(stepOf(event)));
+$("chat").addEventListener("focusout", hide);
+$("chat").addEventListener("pointerleave", hide);
+$("chat").addEventListener("scroll", hide);
+$("chat").addEventListener("click", (event) => {
+  const step = stepOf(event);
+  if (step) step.focus();
+});
+$("chat").addEventListener("keydown", (event) => {
+  const step = stepOf(event);
+  const next = step && { ArrowRight: step.nextElementSibling, ArrowLeft: step.previousElementSibling,
+    Home: step.parentElement.firstElementChild, End: step.parentElement.lastElementChild }[event.key];
+  if (!next) return;
+  event.preventDefault();
+  step.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  if (!$("tree").hidden) hide();
+  else if (state.running) state.running.abort();
+});
+
+const fit = () => {
+  $("text").style.height = "auto";
+  $("text").style.height = `${$("text").scrollHeight + 2}px`;
+};
+$("text").addEventListener("input", fit);
+$("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("form").requestSubmit();
+  }
+});
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (state.running) {
+    state.running.abort();
+    return;
+  }
+  const text = $("text").value.trim();
+  if (!text) return;
+  $("text").value = "";
+  fit();
+  ask(text);
+});
+$("key").addEventListener("change", connect);
+$("reset").addEventListener("click", () => {
+  if (state.running) state.running.abort();
+  state.messages = [];
+  for (const element of [...$("chat").children]) if (element.id !== "welcome") element.remove();
+  $("welcome").hidden = false;
+  $("text").focus();
+});
+for (const idea of IDEAS) {
+  const button = make("button", { type: "button" }, idea);
+  button.addEventListener("click", () => ask(idea));
+  $("ideas").append(button);
+}
+connect();

@@ -1,0 +1,147 @@
+"""A parsed body against this server: names of model and drafter, token ids, room in the context, and its jobs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..acceptance import Sampling
+from .answers import Call
+from .errors import ApiError
+from .protocol import LEAST_TEMPERATURE, Body, ChatRequest, CompletionRequest
+from .scheduler import Job
+
+if TYPE_CHECKING:
+    from .app import Service
+
+COMPLETION_TOKENS = 16
+"""Longest answer of /v1/completions where the request does not say, as at OpenAI."""
+
+
+def read_call(body: Body, service: Service) -> Call:
+    """What the request asks for. Raises ApiError or UserError; takes as long as tokenizing does."""
+    if body.model != service.name:
+        raise ApiError(
+            404,
+            f"There is no model '{body.model[:80]}'; this is '{service.name}'.",
+            param="model",
+            code="model_not_found",
+        )
+    _check_stop_ids(body, service)
+    extension = body.ctc_drafter
+    prompts = _prompts(body, service)
+    n = body.n or 1
+    _check_count(len(prompts) * n, service)
+    return Call(
+        kind="chat" if isinstance(body, ChatRequest) else "text",
+        model=service.name,
+        drafter=_drafter(body, service),
+        prompts=prompts,
+        n=n,
+        stop=body.stop,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        return_token_ids=bool(body.return_token_ids),
+        steps=extension is not None and (extension.steps or extension.tree),
+        tree=extension is not None and extension.tree,
+    )
+
+
+def jobs_of(call: Call, body: Body, service: Service) -> list[Job]:
+    """One job for each choice; choice i of a prompt samples with seed + i, so that n choices differ and repeat."""
+    longest = service.limits.max_new_tokens
+    default = longest if call.kind == "chat" else COMPLETION_TOKENS
+    asked = min(longest, default if body.length is None else body.length)
+    jobs = []
+    for ids in call.prompts:
+        limit = min(asked, service.target.max_context - len(ids))
+        jobs += [Job(ids, limit, _sampling(body, i), tuple(call.stop), call.drafter) for i in range(call.n)]
+    return jobs
+
+
+def _sampling(body: Body, choice: int) -> Sampling:
+    temperature = 1.0 if body.temperature is None else body.temperature
+    values: dict[str, Any] = {
+        "temperature": 0.0 if temperature < LEAST_TEMPERATURE else temperature,
+        "top_k": max(body.top_k or 0, 0),
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "min_p": body.min_p or 0.0,
+        "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        "seed": None if body.seed is None else (body.seed + choice) % 2**63,
+    }
+    return Sampling(**values)
+
+
+def _prompts(body: Body, service: Service) -> list[list[int]]:
+    target = service.target
+    if isinstance(body, ChatRequest):
+        # `developer` is the newer name of `system`, which templates do not know yet.
+        roles = {"developer": "system"}
+        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in body.messages]
+        prompts, param = [target.prompt_ids(messages)], "messages"
+    else:
+        assert isinstance(body, CompletionRequest)
+        prompts, param = [_ids(prompt, service) for prompt in body.prompt], "prompt"
+    for ids in prompts:
+        if not ids:
+            raise ApiError(400, f"'{param}' holds no tokens.", param=param, code="invalid_value")
+        if len(ids) >= target.max_context:
+            raise ApiError(
+                400,
+                f"The prompt has {len(ids)} tokens, but the context of {target.max_context} must hold the "
+                "answer too; shorten it.",
+                param=param,
+                code="context_length_exceeded",
+            )
+    return prompts
+
+
+def _ids(prompt: str | list[int], service: Service) -> list[int]:
+    if isinstance(prompt, str):
+        return list(service.target.tokenizer(prompt)["input_ids"])
+    vocabulary = service.target.vocab_size
+    wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
+    if wrong is not None:
+        raise ApiError(
+            400,
+            f"'prompt' holds a token id outside 0..{vocabulary - 1}.",
+            param="prompt",
+            code="invalid_value",
+        )
+    return prompt
+
+
+def _check_count(count: int, service: Service) -> None:
+    room = service.scheduler.slots + service.scheduler.queue
+    if count > room:
+        raise ApiError(
+            400,
+            f"The request asks for {count} answers at once, but slots and queue hold {room}; ask for fewer.",
+            param="n",
+            code="invalid_value",
+        )
+
+
+def _check_stop_ids(body: Body, service: Service) -> None:
+    others = set(body.stop_token_ids or []) - service.target.stop_ids
+    if others:
+        raise ApiError(
+            400,
+            "'stop_token_ids' is not supported beyond the model's own end tokens; use 'stop'.",
+            param="stop_token_ids",
+            code="unsupported_parameter",
+        )
+
+
+def _drafter(body: Body, service: Service) -> str:
+    name = body.ctc_drafter.drafter if body.ctc_drafter is not None else None
+    if name is None:
+        return service.drafter
+    if name not in service.scheduler.drafters:
+        known = ", ".join(service.scheduler.drafters)
+        raise ApiError(
+            400,
+            f"There is no drafter '{name[:80]}' here; known are {known}.",
+            param="ctc_drafter.drafter",
+            code="invalid_value",
+        )
+    return name

@@ -1,0 +1,277 @@
+"""Continuous scheduling: up to `slots` generations share every pass on one thread that owns the model.
+
+Whoever submits sees events only: one for every step of every job, then an end or an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..acceptance import Sampling
+from ..batch import Batch
+from ..decoding import Step
+from ..drafters import Drafter
+from ..target import Target
+
+log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """All slots run and the queue is full."""
+
+
+class Draining(Exception):
+    """The server finishes what it has and takes nothing new."""
+
+
+class TimedOut(Exception):
+    """The time limit of the request has passed."""
+
+
+class Failed(Exception):
+    """The model could not make a step; the reason is in the server's log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+    drafter: str
+    """A key of the scheduler's drafters."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of the job with this index, made at this time.monotonic()."""
+
+    index: int
+    step: Step
+    at: float
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How many generations run and wait."""
+
+    running: int
+    waiting: int
+    draining: bool
+    alive: bool
+    """Whether the thread of the model is there."""
+
+
+class _Run:
+    """A job on its way through the scheduler."""
+
+    def __init__(self, job: Job, index: int, submission: Submission) -> None:
+        self.job, self.index, self.submission = job, index, submission
+        self.cancelled = False
+        self.key: int | None = None
+        """Of its row in the batch."""
+        self.drafter: Drafter | None = None
+
+
+class Submission:
+    """Jobs submitted together. Iterate over it for their events, on the event loop that submitted them.
+
+    Raises TimedOut or Failed, after which none of the jobs goes on.
+    """
+
+    def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], deadline: float) -> None:
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self.deadline = deadline
+        """In time.monotonic()."""
+        self.runs = [_Run(job, i, self) for i, job in enumerate(jobs)]
+        self._open = set(range(len(jobs)))
+
+    def put(self, event: Event | Exception) -> None:
+        """Hand an event to the event loop; called by the thread of the model."""
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:  # the loop is closed, so nobody reads
+            for run in self.runs:
+                run.cancelled = True
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while self._open:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                self.cancel()
+                raise event
+            if event.index not in self._open:
+                continue
+            if event.step.finish is not None:
+                self._open.discard(event.index)
+            yield event
+
+    def cancel(self, index: int | None = None) -> None:
+        """Free the slot of the job with this index (None: of all) before its next step."""
+        chosen = self.runs if index is None else [self.runs[index]]
+        self._open -= {run.index for run in chosen}
+        self._scheduler.cancel(chosen)
+
+
+class Scheduler:
+    """Runs jobs on one thread; `submit`, `stats` and `drain` may be called from any other."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafters: Mapping[str, Drafter],
+        *,
+        budget: int,
+        slots: int,
+        queue: int,
+        timeout: float,
+        adaptive: bool = False,
+    ) -> None:
+        """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
+
+        timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
+        see `Batch`.
+        """
+        self.target, self.budget = target, budget
+        widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
+        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
+        self.slots, self.queue, self.timeout = slots, queue, timeout
+        self._drafters = dict(drafters)
+        self._idle: dict[str, list[Drafter]] = {name: [drafter] for name, drafter in drafters.items()}
+        self._condition = threading.Condition()
+        self._waiting: deque[_Run] = deque()
+        self._running: deque[_Run] = deque()
+        self._draining = self._closed = False
+        self._thread = threading.Thread(target=self._work, name="ctc-drafter-model", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ from other threads
+
+    @property
+    def drafters(self) -> list[str]:
+        """Names that jobs may give."""
+        return list(self._drafters)
+
+    def submit(self, jobs: Sequence[Job]) -> Submission:
+        """Queue all jobs or none. Raises Draining, or Busy if slots and queue have no room for all of them."""
+        with self._condition:
+            if self._draining or self._closed:
+                raise Draining
+            if len(self._running) + len(self._waiting) + len(jobs) > self.slots + self.queue:
+                raise Busy
+            submission = Submission(self, jobs, time.monotonic() + self.timeout)
+            self._waiting += submission.runs
+            self._condition.notify()
+        return submission
+
+    def cancel(self, runs: Sequence[_Run]) -> None:
+        """Called by Submission.cancel: waiting jobs go at once, running ones before their next step."""
+        with self._condition:
+            for run in runs:
+                run.cancelled = True
+            self._waiting = deque(run for run in self._waiting if not run.cancelled)
+            self._condition.notify()
+
+    def stats(self) -> Stats:
+        with self._condition:
+            alive = self._thread.is_alive()
+            return Stats(len(self._running), len(self._waiting), self._draining, alive)
+
+    async def drain(self) -> None:
+        """Take nothing new; returns when all that was taken is done."""
+        with self._condition:
+            self._draining = True
+        while self.stats().alive and (self._running or self._waiting):
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """Drop everything and end the thread after the step that it is at."""
+        with self._condition:
+            self._draining = self._closed = True
+            self._condition.notify()
+        self._thread.join()
+
+    # ------------------------------------------------------------ on the thread of the model
+
+    def _work(self) -> None:
+        while self._ready():
+            self._advance()
+
+    def _ready(self) -> bool:
+        """Drop what is over, fill free slots, and wait until something runs. False when closed."""
+        with self._condition:
+            while not self._closed:
+                self._drop()
+                while self._waiting and len(self._running) < self.slots:
+                    self._running.append(self._waiting.popleft())
+                if self._running:
+                    return True
+                self._condition.wait()
+            left = [*self._running, *self._waiting]
+            self._waiting.clear()
+        for run in left:
+            self._leave(run)
+            run.submission.put(Draining())
+        return False
+
+    def _drop(self) -> None:
+        for run in [run for run in self._running if run.cancelled]:
+            self._leave(run)
+        now = time.monotonic()
+        for run in [run for run in [*self._running, *self._waiting] if run.submission.deadline < now]:
+            if run in self._waiting:
+                self._waiting.remove(run)
+            self._leave(run)
+            run.submission.put(TimedOut())
+
+    def _advance(self) -> None:
+        """Make one step of all that run. What fails ends its own submission and no other."""
+        for run in [run for run in self._running if run.key is None]:
+            try:
+                self._begin(run)
+            except Exception as error:
+                self._tell(run, Step.failed(error))
+        run_of = {run.key: run for run in self._running}
+        for key, step in self._batch.step():
+            self._tell(run_of[key], step)
+
+    def _begin(self, run: _Run) -> None:
+        job, idle = run.job, self._idle[run.job.drafter]
+        run.drafter = idle.pop() if idle else self._drafters[job.drafter].twin()
+        run.key = self._batch.add(
+            job.prompt_ids,
+            max_new_tokens=job.max_new_tokens,
+            sampling=job.sampling,
+            stop=job.stop,
+            drafter=run.drafter,
+        )
+
+    def _tell(self, run: _Run, step: Step) -> None:
+        event: Event | Exception = Event(run.index, step, time.monotonic())
+        if step.error is not None:
+            log.error("A generation failed", exc_info=step.error)
+            event = Failed()
+        if step.finish is not None:
+            self._leave(run)  # before the event goes out: who has the last step finds the slot free
+        run.submission.put(event)
+
+    def _leave(self, run: _Run) -> None:
+        if run.key is not None:
+            self._batch.cancel(run.key)
+            run.key = None
+        if run.drafter is not None:
+            self._idle[run.job.drafter].append(run.drafter)
+            run.drafter = None
+        with self._condition:
+            if run in self._running:
+                self._running.remove(run)

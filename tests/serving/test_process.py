@@ -1,0 +1,142 @@
+"""The real command in a process of its own: start, signals, sudden death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from ctc_drafter.cli import app
+from ctc_drafter.drafters import NoDrafter
+from ctc_drafter.target import Target
+from live import QUESTIONS, ask, chat_ids, text_of, tokens_of, wait_until
+
+
+@contextmanager
+def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address; it is killed at the end if it still runs."""
+    command = [sys.executable, "-m", "ctc_drafter", "serve", "--port", "0", "--threads", "1", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving "), process.communicate(timeout=60)
+        yield process, line.split()[-1].removesuffix("/v1")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def client_of(base: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{base}/v1", api_key="unused", max_retries=0, timeout=60)
+
+
+def request(i: int, **options: Any) -> dict[str, Any]:
+    return ask(QUESTIONS[i], **options) | {"model": options.pop("model", "tiny")}
+
+
+def test_sigterm_lets_answers_finish_and_takes_no_new_ones(target: Target, target_folder: Path) -> None:
+    want = [text_of(target, tokens_of(target, NoDrafter(), chat_ids(target, q), max_new_tokens=140)) for q in QUESTIONS]
+    with served("--target", target_folder, "--drafter", "none") as (process, base), ThreadPoolExecutor(8) as pool:
+        client = client_of(base)
+
+        def read(i: int) -> str:
+            chunks = client.chat.completions.create(stream=True, **request(i, max_tokens=140))
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+        texts = [pool.submit(read, i) for i in range(8)]
+        wait_until(lambda: httpx2.get(f"{base}/health").json()["running"] > 4)
+        with httpx2.Client(base_url=base) as http:
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: http.get("/health").json()["status"] == "draining")
+            response = http.post("/v1/chat/completions", json=request(0))
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+        assert [t.result() for t in texts] == want
+        assert process.wait(20) == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(target_folder: Path) -> None:
+    with served("--target", target_folder, "--drafter", "none", "--slots", 1) as (process, base):
+        client = client_of(base)
+        stream = client.chat.completions.create(stream=True, n=16, **request(0, max_tokens=140, temperature=1))
+        next(iter(stream))
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "Finishing 16 answers" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+            list(stream)
+        assert process.wait(30) == 0
+
+
+def test_a_killed_server_is_an_error_at_the_client(target_folder: Path) -> None:
+    with served("--target", target_folder, "--drafter", "none", "--slots", 1) as (process, base):
+        stream = client_of(base).chat.completions.create(stream=True, n=16, **request(0, max_tokens=140, temperature=1))
+        next(iter(stream))
+        process.kill()
+        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+            list(stream)
+        with pytest.raises(openai.APIConnectionError):
+            client_of(base).models.list()
+
+
+def test_the_embedded_model_is_served_drafted() -> None:
+    with served() as (process, base):
+        client = client_of(base)
+        texts = []
+        for extra in ({}, {"ctc_drafter": {"drafter": "none"}}):
+            reply = client.chat.completions.create(**request(0, model="embedded", extra_body=extra))
+            texts.append(reply.choices[0].message.content)
+            assert reply.usage is not None and reply.usage.model_extra is not None
+            assert (reply.usage.model_extra["draft"]["tau"] > 1.3) == (not extra)
+        assert texts[0] == texts[1] != ""
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+# ---------------------------------------------------------------- what cannot start
+
+
+def refused(*args: object) -> str:
+    result = CliRunner().invoke(app, ["serve", *map(str, args)])
+    assert result.exit_code == 2, (result.exit_code, result.stderr, result.exception)
+    [line] = result.stderr.strip().splitlines()
+    return line
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in refused("--port", port)
+    assert "cannot be listened on" in refused("--host", "no such host")
+
+
+def test_a_missing_key_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert "'NO_SUCH_KEY' holds no key" in refused("--api-key-env", "NO_SUCH_KEY")
+
+
+def test_a_missing_extra_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert "pip install 'ctc-drafter[serve]'" in refused()
+
+
+def test_the_command_line_loads_without_the_extra() -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['fastapi', 'uvicorn', 'prometheus_client']); import ctc_drafter.cli"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ})

@@ -1,0 +1,506 @@
+"""Batches: whatever rows come, go and share a pass, each answers as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from conftest import TEXTS, build_drafter
+from ctc_drafter.acceptance import Sampling
+from ctc_drafter.batch import Batch
+from ctc_drafter.decoding import Step, generate
+from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.errors import UserError
+from ctc_drafter.target import Target
+from ctc_drafter.tree import DraftTree
+from helpers import (
+    BUILDS,
+    CAPABLE,
+    CONTEXT,
+    Build,
+    Scripted,
+    always_right,
+    random_tree,
+    right_leaf_last,
+    save_model,
+)
+
+TOKENS = 24
+BUDGET = 5
+ROWS = 4
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt: tuple[int, ...]
+    tokens: int
+    sampling: Sampling = Sampling()  # noqa: RUF009
+    stop: tuple[str, ...] = ()
+    draft: bool = True
+
+    def options(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.tokens, "sampling": self.sampling, "stop": self.stop}
+
+
+Alone = Callable[[Request], list[tuple[list[int], str | None]]]
+
+
+def joined(steps: list[Step]) -> tuple[list[int], str | None]:
+    return [t for step in steps for t in step.tokens], steps[-1].finish
+
+
+class ScriptedForMany(Drafter):
+    """A scripted drafter that finds out by the prompt which answer is told to it."""
+
+    def __init__(self, build: Build, answers: dict[tuple[int, ...], list[int]], vocab: int) -> None:
+        super().__init__()
+        self.build, self.answers, self.vocab = build, answers, vocab
+        self.script: Scripted | None = None
+
+    def start(self, capacity: int) -> None:
+        self.script = None
+
+    def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> int:
+        tokens = next_tokens[0].tolist()
+        if self.script is None:
+            prompt = next(p for p in self.answers if tokens[: len(p) - 1] == list(p[1:]))
+            self.script = Scripted(self.build, list(prompt), self.answers[prompt], self.vocab)
+            self.script.start(0)
+        guess: int = self.script.draft(features, next_tokens)
+        return guess
+
+    def tree(self, guess: Any, budget: int) -> DraftTree:
+        assert self.script is not None
+        return self.script.tree(guess, budget)
+
+
+# ---------------------------------------------------------------- models and drafters
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3_text"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """Full attention, a sliding window, and both mixed."""
+    folder = save_model(tmp_path_factory.mktemp("families") / request.param, request.param, **CAPABLE[request.param])
+    return Target.load(folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def alone(family: Target) -> Alone:
+    """What plain decoding answers one by one."""
+    known: dict[Request, tuple[list[int], str | None]] = {}
+
+    def answer(request: Request) -> tuple[list[int], str | None]:
+        if request not in known:
+            known[request] = joined(list(generate(family, NoDrafter(), list(request.prompt), **request.options())))
+        return known[request]
+
+    return answer  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def drafters(family: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
+    folder = tmp_path_factory.mktemp("drafters")
+    out: dict[str, Drafter] = {name: load_drafter(name, family) for name in ("none", "lookup")}
+    for kind, config in (("ctc", {"feature_layers": [1, -1]}), ("eagle", {}), ("hydra", {}), ("medusa", {})):
+        config = {**config, "heads": 4, "kv_heads": 2} if kind in ("ctc", "eagle") else config
+        out[kind] = load_drafter(str(build_drafter(folder / kind, family, kind, **config)), family)
+    return out
+
+
+PROMPTS = st.one_of(
+    st.lists(st.integers(2, 250), min_size=1, max_size=12),
+    st.lists(st.sampled_from([5, 9, 31]), min_size=1, max_size=CONTEXT - 1),
+    st.just([7] * (CONTEXT - 1)),
+).map(tuple)
+
+SAMPLINGS = st.one_of(
+    st.just(Sampling()),
+    st.builds(Sampling, temperature=st.sampled_from([0.5, 1.0, 3.0]), seed=st.integers(0, 3)),
+    st.just(Sampling(repetition_penalty=1.5)),
+    st.builds(Sampling, temperature=st.just(1.0), top_k=st.just(20), top_p=st.just(0.9), seed=st.just(1)),
+)
+
+REQUESTS = st.builds(
+    Request,
+    prompt=PROMPTS,
+    tokens=st.sampled_from([1, 2, 5, TOKENS, 10_000]),
+    sampling=SAMPLINGS,
+    stop=st.sampled_from([(), (), ("e",), ("th", "q")]),
+    draft=st.booleans(),
+)
+
+ACTIONS = st.lists(
+    st.one_of(REQUESTS, st.just("step"), st.just("step"), st.integers(0, 10)),
+    min_size=3,
+    max_size=14,
+)
+"""Requests are added, numbers cancel the row of that rank."""
+
+
+def play(batch: Batch, actions: list[Any]) -> Iterator[tuple[Request, list[Step]]]:
+    """Do all that, then run to the end; yields every request with its steps, cancelled ones without a finish."""
+    requests: dict[int, Request] = {}
+    steps: dict[int, list[Step]] = {}
+    running: list[int] = []
+
+    def step() -> None:
+        done = batch.step()
+        assert sorted(key for key, _ in done) == sorted(running)  # one step for every row
+        for key, one in done:
+            steps[key].append(one)
+            if one.finish is not None:
+                running.remove(key)
+
+    for action in actions:
+        if action == "step":
+            step()
+        elif isinstance(action, Request):
+            if not batch.free:
+                with pytest.raises(UserError, match="rows of the batch are taken"):
+                    batch.add(list(action.prompt), **action.options())
+                step()
+                continue
+            key = batch.add(list(action.prompt), **action.options(), drafter=None if action.draft else NoDrafter())
+            requests[key], steps[key] = action, []
+            running.append(key)
+        elif running:
+            batch.cancel(running.pop(action % len(running)))
+        assert len(batch) == len(running) and batch.free == ROWS - len(running)
+    while running:
+        step()
+    assert batch.step() == [] and batch.nbytes == 0
+    for key, request in requests.items():
+        yield request, steps[key]
+
+
+def check(batch: Batch, actions: list[Any], alone: Alone) -> None:
+    for request, steps in play(batch, actions):
+        if not steps:
+            continue
+        tokens, finish = joined(steps)
+        want = alone(request)
+        assert (tokens, finish) == want if finish else tokens == want[0][: len(tokens)]
+        assert all(step.finish is None for step in steps[:-1])
+        assert all(step.accepted == len(step.tokens) - 1 for step in steps[1:-1])
+        if not request.draft:
+            assert all(step.drafted == 0 for step in steps)
+
+
+MANY = settings(
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take minutes
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "eagle", "hydra", "medusa"])
+@MANY
+@given(actions=ACTIONS, adaptive=st.booleans())
+def test_any_interleaving_answers_as_one_by_one(
+    kind: str, family: Target, drafters: dict[str, Drafter], alone: Alone, actions: list[Any], adaptive: bool
+) -> None:
+    check(Batch(family, drafters[kind], rows=ROWS, budget=BUDGET, adaptive=adaptive), actions, alone)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@settings(MANY, max_examples=6)
+@given(actions=ACTIONS)
+def test_any_drafter(build: Build, family: Target, alone: Alone, actions: list[Any]) -> None:
+    answers = {a.prompt: alone(a)[0] for a in actions if isinstance(a, Request)}
+    drafter = ScriptedForMany(build, answers, family.vocab_size)  # type: ignore[arg-type]
+    check(Batch(family, drafter, rows=ROWS, budget=BUDGET, adaptive=False), actions, alone)
+
+
+# ---------------------------------------------------------------- steps, not only tokens
+
+
+@pytest.fixture
+def endless(target: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
+    monkeypatch.setattr(target, "stop_ids", frozenset())
+    return target
+
+
+def prompts_of(target: Target) -> list[list[int]]:
+    return [target.tokenizer(text)["input_ids"][: 3 + 4 * i] for i, text in enumerate(TEXTS)]
+
+
+def shape(steps: list[Step]) -> list[tuple[list[int], int, int, str | None]]:
+    return [(s.tokens, s.accepted, s.drafted, s.finish) for s in steps]
+
+
+def run_all(batch: Batch, keys: list[int]) -> list[list[Step]]:
+    steps: dict[int, list[Step]] = {key: [] for key in keys}
+    while len(batch):
+        for key, step in batch.step():
+            steps[key].append(step)
+    return [steps[key] for key in keys]
+
+
+@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "eagle", "hydra", "medusa", "parallel"])
+def test_the_steps_are_those_of_generate(kind: str, endless: Target, tmp_path: Path) -> None:
+    trained = kind not in ("none", "lookup")
+    drafter = load_drafter(str(build_drafter(tmp_path / "d", endless, kind)) if trained else kind, endless)
+    prompts = prompts_of(endless)
+    want = [shape(list(generate(endless, drafter, p, max_new_tokens=TOKENS, budget=BUDGET))) for p in prompts]
+    batch = Batch(endless, drafter, rows=8, budget=BUDGET, adaptive=False)
+    got = run_all(batch, [batch.add(p, max_new_tokens=TOKENS) for p in prompts])
+    assert [shape(steps) for steps in got] == want
+
+
+@pytest.mark.parametrize("build", [always_right, right_leaf_last, random_tree])
+@pytest.mark.parametrize("place", [0, 1, 4, 7])
+def test_a_stop_token_inside_an_accepted_run(
+    build: Build, place: int, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(target)[:3]
+    monkeypatch.setattr(target, "stop_ids", frozenset())
+    answers = [joined(list(generate(target, NoDrafter(), p, max_new_tokens=TOKENS)))[0] for p in prompts]
+    stop = answers[1][place]
+    monkeypatch.setattr(target, "stop_ids", frozenset({stop}))
+    drafter = ScriptedForMany(build, {tuple(p): a for p, a in zip(prompts, answers)}, target.vocab_size)
+    batch = Batch(target, drafter, rows=3, budget=6, adaptive=False)
+    for steps, answer in zip(run_all(batch, [batch.add(p, max_new_tokens=TOKENS) for p in prompts]), answers):
+        ends = stop in answer
+        want = answer[: answer.index(stop) + 1] if ends else answer
+        assert joined(steps) == (want, "stop" if ends else "length")
+
+
+def test_rows_without_a_draft_beside_others(endless: Target, drafter_folder: Path) -> None:
+    drafter = load_drafter(str(drafter_folder), endless)
+    prompts = prompts_of(endless)
+    batch = Batch(endless, drafter, rows=5, budget=BUDGET, adaptive=False)
+    keys = [batch.add(p, max_new_tokens=TOKENS, drafter=None if i % 2 else NoDrafter()) for i, p in enumerate(prompts)]
+    for i, (steps, prompt) in enumerate(zip(run_all(batch, keys), prompts)):
+        alone = drafter if i % 2 else NoDrafter()
+        assert shape(steps) == shape(list(generate(endless, alone, prompt, max_new_tokens=TOKENS, budget=BUDGET)))
+
+
+# ---------------------------------------------------------------- no influence between rows
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "gemma3_text"])
+def test_garbage_of_other_rows_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """Huge but finite numbers in all slots that a row has not committed, and in all of another row."""
+    target = Target.load(save_model(tmp_path / kind, kind, **CAPABLE[kind]), dtype="float32", device="cpu")
+    prompts = [[5, 9, 31], [7] * 20, [40, 3, 22, 118, 9, 9, 2]]
+    tree = DraftTree.from_paths([[[4, 5], [6]], [[8, 9, 10]], [[2], [3]]], budget=3)
+    roots = torch.tensor([[11], [12], [13]])
+
+    def scores(poison: float) -> torch.Tensor:
+        with torch.inference_mode():
+            cache = target.new_cache(CONTEXT)
+            for i, prompt in enumerate(prompts):
+                target.prefill(prompt, cache, i and cache.claim(CONTEXT))
+            for plane in cache._planes:
+                for row, length in enumerate(cache.lengths):
+                    plane[:, row, :, 0 if row == 1 else length :] += poison
+            return target.score(roots, tree, tree.ancestor_mask(), cache)[0]
+
+    clean, poisoned = scores(0.0), scores(1e4)
+    assert torch.equal(clean[[0, 2]], poisoned[[0, 2]]) and not torch.allclose(clean[1], poisoned[1])
+
+
+def test_one_row_runs_on_slices(endless: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that batches need is done for a single row, also when it is what is left of a batch."""
+    prompts = prompts_of(endless)[:2]
+    batch = Batch(endless, NoDrafter(), rows=4, budget=0)
+    first, second = (batch.add(p, max_new_tokens=TOKENS) for p in prompts)
+    batch.step(), batch.step()
+    batch.cancel(first)
+
+    def forbidden(*args: Any) -> Any:
+        raise AssertionError("meant for batches")
+
+    from ctc_drafter.cache import SlotCache
+
+    for name in ("write", "starts", "_keep_in_each"):
+        monkeypatch.setattr(SlotCache, name, forbidden)
+    monkeypatch.setattr(Target, "_ragged_mask", forbidden)
+    [(key, _)] = batch.step()
+    assert key == second
+    list(generate(endless, load_drafter("lookup", endless), prompts[1], max_new_tokens=TOKENS))
+
+
+# ---------------------------------------------------------------- limits and ends
+
+
+def test_rows_are_limited(endless: Target) -> None:
+    batch = Batch(endless, NoDrafter(), rows=2, budget=0)
+    keys = [batch.add([5, 6]), batch.add([7])]
+    assert batch.free == 0 and len(batch) == 2
+    with pytest.raises(UserError, match="All 2 rows of the batch are taken"):
+        batch.add([8])
+    batch.step()
+    with pytest.raises(UserError, match="All 2 rows"):
+        batch.add([8])
+    batch.cancel(keys[0])
+    assert batch.free == 1
+    batch.add([8])
+    assert [key for key, _ in batch.step()] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "match"),
+    [
+        ([], {}, "prompt is empty"),
+        ([3] * 192, {}, "has 192 tokens and the context of 'tiny' ends at 192"),
+        ([3], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ([3] * 30, {"max_new_tokens": 3}, "30 tokens and an answer of up to 3 do not fit into the 32 positions"),
+    ],
+)
+def test_impossible_requests(prompt: list[int], options: dict[str, int], match: str, target: Target) -> None:
+    batch = Batch(target, NoDrafter(), rows=1, context=32)
+    with pytest.raises(UserError, match=match):
+        batch.add(prompt, **options)  # type: ignore[arg-type]
+    assert batch.free == 1
+
+
+@pytest.mark.parametrize("sizes", [{"rows": 0}, {"budget": -1}, {"context": 0}])
+def test_impossible_sizes(sizes: dict[str, int], target: Target) -> None:
+    with pytest.raises(UserError, match="at least"):
+        Batch(target, NoDrafter(), **sizes)  # type: ignore[arg-type]
+
+
+def test_memory_follows_the_rows(endless: Target) -> None:
+    """A long row makes all rows long while it is there, and no longer."""
+    prompt = prompts_of(endless)[2]
+    want = joined(list(generate(endless, NoDrafter(), prompt, max_new_tokens=TOKENS)))
+    batch = Batch(endless, NoDrafter(), rows=8, budget=0)
+    short = batch.add(prompt, max_new_tokens=TOKENS)
+    steps = [step for _, step in batch.step()]
+    alone = batch.nbytes
+    long = batch.add([9] * 100, max_new_tokens=50)
+    steps += [step for key, step in batch.step() if key == short]
+    assert batch.nbytes > 4 * alone
+    batch.cancel(long)
+    assert batch.nbytes <= 2 * alone
+    while len(batch):
+        steps += [step for _, step in batch.step()]
+    assert joined(steps) == want
+
+
+def test_an_idle_batch_holds_no_memory(endless: Target, drafter_folder: Path) -> None:
+    batch = Batch(endless, load_drafter(str(drafter_folder), endless), rows=4, budget=4)
+    assert batch.nbytes == 0
+    keys = [batch.add([5 + i, 9], max_new_tokens=50) for i in range(3)]
+    batch.step()
+    held = batch.nbytes
+    batch.step()
+    assert batch.nbytes == held > 0
+    for key in keys:
+        batch.cancel(key)
+    batch.cancel(keys[0])
+    assert batch.nbytes == 0 and batch.free == 4 and batch.step() == []
+    assert len(batch._idle) == 3 and all(d.module._keys_values.shape[-2] <= 5 for d in batch._idle)
+
+
+def test_a_prompt_that_fails_ends_its_row_alone(endless: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(endless)[:3]
+    want = [joined(list(generate(endless, NoDrafter(), p, max_new_tokens=TOKENS))) for p in prompts]
+    batch = Batch(endless, NoDrafter(), rows=3, budget=0)
+    first = batch.add(prompts[0], max_new_tokens=TOKENS)
+    steps: dict[int, list[Step]] = {first: [step for _, step in batch.step()]}
+    bad, last = (batch.add(p, max_new_tokens=TOKENS) for p in prompts[1:])
+    steps[last] = []
+    original = Target.prefill
+
+    def prefill(self: Target, ids: list[int], cache: Any, row: int = 0) -> Any:
+        if ids == prompts[1]:
+            raise RuntimeError("no memory")
+        return original(self, ids, cache, row)
+
+    monkeypatch.setattr(Target, "prefill", prefill)
+    steps[bad] = []
+    while len(batch):
+        for key, step in batch.step():
+            steps[key].append(step)
+    [failed] = steps[bad]
+    assert failed.finish == "error" and str(failed.error) == "no memory" and not failed.tokens
+    assert joined(steps[first]) == want[0] and joined(steps[last]) == want[2]
+
+
+def test_a_pass_that_fails_loses_the_running_rows_only(endless: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(endless, NoDrafter(), rows=3, budget=0)
+    batch.add([5, 6])
+    batch.step()
+    waiting = batch.add([9, 31])
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "score", lambda *args: 1 / 0)
+        lost, begun = batch.step()
+    assert isinstance(lost[1].error, ZeroDivisionError) and lost[1].finish == "error"
+    assert begun[0] == waiting and begun[1].finish is None
+    assert len(batch) == 1 and [key for key, _ in batch.step()] == [waiting]
+
+
+@pytest.mark.parametrize("phase", ["draft", "tree"])
+def test_a_drafter_that_fails_ends_its_row_alone(phase: str, endless: Target) -> None:
+    class Broken(NoDrafter):
+        def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
+            assert phase != "draft", "broken on purpose"
+            return super().draft(features, next_tokens)
+
+        def tree(self, guess: Any, budget: int) -> DraftTree:
+            assert phase != "tree", "broken on purpose"
+            return super().tree(guess, budget)
+
+    prompts = prompts_of(endless)[:3]
+    batch = Batch(endless, load_drafter("lookup", endless), rows=3, budget=4, adaptive=False)
+    keys = [batch.add(p, max_new_tokens=TOKENS, drafter=Broken() if i == 1 else None) for i, p in enumerate(prompts)]
+    for i, (steps, prompt) in enumerate(zip(run_all(batch, keys), prompts)):
+        if i == 1:
+            assert [step.finish for step in steps] == [None, "error"] and isinstance(steps[1].error, AssertionError)
+        else:
+            assert joined(steps) == joined(list(generate(endless, NoDrafter(), prompt, max_new_tokens=TOKENS)))
+
+
+def test_drafters_of_one_batch_read_the_same_layers(endless: Target, tmp_path: Path) -> None:
+    both = [
+        load_drafter(str(build_drafter(tmp_path / f"d{i}", endless, feature_layers=layers)), endless)
+        for i, layers in enumerate(([-1], [1, -1]))
+    ]
+    batch = Batch(endless, both[0], rows=3)
+    with pytest.raises(UserError, match=r"reads the layers \[1, -1\] of the target and the batch's reads \[-1\]"):
+        batch.add([5, 6], drafter=both[1])
+    batch.add([5, 6], drafter=load_drafter("lookup", endless))
+    assert len(batch) == 1 and len(batch.step()) == 1
+
+
+# ---------------------------------------------------------------- pace
+
+
+def test_drafting_stops_where_the_clock_says_so(endless: Target) -> None:
+    """A clock by which a pass costs what it scores: drafts that are never accepted end, perfect ones go on."""
+    prompts = prompts_of(endless)[:2]
+    answers = {tuple(p): joined(list(generate(endless, NoDrafter(), p, max_new_tokens=150)))[0] for p in prompts}
+
+    def drafted_last(build: Build, per_node: float) -> int:
+        time = [0.0]
+        drafter = ScriptedForMany(build, answers, endless.vocab_size)
+        batch = Batch(endless, drafter, rows=2, budget=4, clock=lambda: time[0])
+        loop_step = batch._loop.step
+
+        def step(budget: int, clock: Any) -> list[Any]:
+            time[0] += 1 + per_node * budget * len(batch)
+            return loop_step(budget, clock)
+
+        batch._loop.step = step  # type: ignore[method-assign]
+        all_steps = run_all(batch, [batch.add(list(p), max_new_tokens=150) for p in prompts])
+        assert [joined(steps)[0] for steps in all_steps] == list(answers.values())
+        return sum(step.drafted > 0 for steps in all_steps for step in steps[-10:])
+
+    from helpers import always_wrong
+
+    assert drafted_last(always_right, 0.01) == 20
+    assert drafted_last(always_right, 10.0) == 0
+    assert drafted_last(always_wrong, 0.01) <= 6  # a probe may fall into them

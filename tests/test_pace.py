@@ -1,0 +1,103 @@
+"""The pace finds what is fastest, stays with it, and notices when that changes; time is simulated."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from ctc_drafter.pace import Pace
+
+BUDGETS = (8, 4, 0)
+
+
+class Machine:
+    """A pass costs `base` and something for every token that it scores; drafts are accepted at a given rate."""
+
+    def __init__(self, per_token: float, acceptance: float, noise: float = 0.1, seed: int = 0) -> None:
+        self.per_token, self.acceptance, self.noise = per_token, acceptance, noise
+        self.random = random.Random(seed)
+        self.now, self.tokens = 0.0, 0
+
+    def cost(self, rows: int, budget: int) -> float:
+        return 1.0 + self.per_token * rows * (budget + 1)
+
+    def expected(self, budget: int) -> float:
+        return sum(self.acceptance**k for k in range(budget + 1))
+
+    def best(self, rows: int) -> int:
+        return max(BUDGETS, key=lambda b: self.expected(b) / self.cost(rows, b))
+
+    def run(self, pace: Pace, steps: int, rows: Callable[[int], int]) -> Counter[int]:
+        """Passes with each budget."""
+        used: Counter[int] = Counter()
+        for i in range(steps):
+            budget = pace.choose(rows(i))
+            used[budget] += 1
+            tokens = 0
+            for _ in range(rows(i)):
+                accepted = 0
+                while accepted < budget and self.random.random() < self.acceptance:
+                    accepted += 1
+                tokens += 1 + accepted
+            seconds = self.cost(rows(i), budget) * (1 + self.noise * self.random.random())
+            if self.random.random() < 0.02:
+                seconds *= 10  # something else ran
+            self.now, self.tokens = self.now + seconds, self.tokens + tokens
+            pace.record(rows(i), budget, tokens, seconds)
+        return used
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("per_token", "acceptance"), [(0.02, 0.7), (0.05, 0.5), (0.2, 0.6), (0.5, 0.1), (0.01, 0.95)])
+def test_the_best_budget_runs_almost_always(per_token: float, acceptance: float, rows: int) -> None:
+    machine = Machine(per_token, acceptance)
+    pace = Pace(BUDGETS)
+    machine.run(pace, 300, lambda i: rows)
+    used = machine.run(pace, 1000, lambda i: rows)
+    rates = {b: machine.expected(b) / machine.cost(rows, b) for b in BUDGETS}
+    tokens, seconds = (
+        sum(n * f(b) for b, n in used.items()) for f in (machine.expected, lambda b: machine.cost(rows, b))
+    )
+    assert tokens / seconds > 0.92 * max(rates.values())
+
+
+def test_drafting_stops_where_it_no_longer_pays() -> None:
+    """One pace for all numbers of rows: each has a choice of its own."""
+    machine, pace = Machine(0.06, 0.6), Pace(BUDGETS)
+    assert machine.best(1) > 0 and machine.best(16) == 0
+    for _ in range(3):
+        for rows in (1, 2, 4, 8, 16):
+            machine.run(pace, 100, lambda i, rows=rows: rows)
+    assert machine.run(pace, 60, lambda i: 1).most_common(1)[0][0] > 0
+    assert machine.run(pace, 60, lambda i: 16).most_common(1)[0][0] == 0
+
+
+def test_never_much_slower_than_plain() -> None:
+    """Where drafting is hopeless, what probing costs stays small, from the start and with rows that come and go."""
+    machine, pace = Machine(0.3, 0.02), Pace(BUDGETS)
+    rows = [machine.random.randint(4, 8) for _ in range(4000)]
+    machine.run(pace, 4000, lambda i: rows[i])
+    machine.noise = 0
+    plain = sum(rows) / sum(machine.cost(r, 0) for r in rows)
+    assert machine.tokens / machine.now > 0.9 * plain / 1.23  # the simulated disturbances cost 23 % by themselves
+
+
+def test_a_change_of_the_text_is_noticed() -> None:
+    machine, pace = Machine(0.05, 0.02), Pace(BUDGETS)
+    assert machine.run(pace, 1000, lambda i: 4).most_common(1)[0][0] == 0
+    machine.acceptance = 0.9
+    machine.run(pace, 4000, lambda i: 4)
+    assert machine.run(pace, 500, lambda i: 4)[0] < 50
+
+
+def test_rows_between_measured_ones_need_no_probe() -> None:
+    pace = Pace((8, 0))
+    for rows in (2, 8):
+        for budget, seconds in ((8, 1.0 + rows), (0, 1.0)):
+            for _ in range(9):
+                pace.record(rows, budget, 2 * rows, seconds)
+    assert pace.seconds(8, 5) == pytest.approx(6.0) and pace.seconds(0, 5) == pytest.approx(1.0)
+    assert pace.seconds(8, 9) == pytest.approx(9 * 9 / 8) and pace.seconds(8, 20) is None
