@@ -65,6 +65,7 @@ FIELDS: list[dict[str, Any]] = [
     *({"repetition_penalty": v} for v in (0, -1, 1e300)),
     *({"stream_options": v} for v in (5, {"include_usage": True}, {"include_usage": "yes"})),
     {"stream": True, "stream_options": {"made_up": True}},
+    {"stream": True, "stream_options": {"include_obfuscation": True}},
     *({"logprobs": v} for v in (True, 5)),
     *({"tools": [{"type": "function"}]}, {"tool_choice": "required"}, {"functions": [{}]}),
     *({"response_format": {"type": "json_object"}}, {"logit_bias": {"5": 100}}, {"frequency_penalty": 0.5}),

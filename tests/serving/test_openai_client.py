@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 from openai import OpenAI
+from typer.testing import CliRunner
 
 from ctc_drafter.acceptance import Sampling
+from ctc_drafter.cli import app
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.target import Target
@@ -262,3 +267,30 @@ def test_metrics_count_what_happened(server: Live, client: OpenAI) -> None:
     assert grown('ctc_drafter_requests_total{path="/v1/chat/completions",status="404"}') == 1
     assert grown('ctc_drafter_requests_total{path="other",status="404"}') == 1
     assert (after["ctc_drafter_running"], after["ctc_drafter_waiting"], after["ctc_drafter_slots"]) == (0, 0, 8)
+
+
+@pytest.mark.parametrize("form", ["--api-tokens", "--api-chat"])
+def test_distill_takes_its_answers_from_the_server(
+    server: Live, target: Target, target_folder: Path, tmp_path: Path, form: str
+) -> None:
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"turns": [question]}) + "\n" for question in QUESTIONS[:3]))
+    arguments = ["distill", "--target", target_folder, "--prompts", prompts, "--output", output, form]
+    arguments += ["--api-base", f"{server.base}/v1", "--max-new-tokens", 20]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.stderr
+    assert "does not know" not in result.output
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    said = {tuple(row["prompt_ids"]): row["answer_ids"] for row in rows}
+    for question in QUESTIONS[:3]:
+        ids = chat_ids(target, question)
+        assert said[tuple(ids)] == tokens_of(target, NoDrafter(), ids, max_new_tokens=20)
+
+
+def test_the_schema_names_the_model_and_has_no_loose_ends(server: Live) -> None:
+    text = httpx2.get(f"{server.base}/openapi.json").text
+    document = json.loads(text)
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= document["paths"].keys()
+    schemas = document["components"]["schemas"]
+    assert schemas["ChatRequest"]["properties"]["model"]["enum"] == [NAME]
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= schemas.keys()
