@@ -202,6 +202,7 @@ class Loop:
 
     def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
         """A tree for each row that stays, and the last steps of those whose drafters failed."""
+        trees: list[Any]
         if budget:
             guesses = self._guesses()
             clock.lap("draft")
