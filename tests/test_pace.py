@@ -101,3 +101,15 @@ def test_rows_between_measured_ones_need_no_probe() -> None:
                 pace.record(rows, budget, 2 * rows, seconds)
     assert pace.seconds(8, 5) == pytest.approx(6.0) and pace.seconds(0, 5) == pytest.approx(1.0)
     assert pace.seconds(8, 9) == pytest.approx(9 * 9 / 8) and pace.seconds(8, 20) is None
+
+
+def test_no_more_than_is_left_over() -> None:
+    """A budget above the limit is not even probed, and may be the best where it is allowed."""
+    machine, pace = Machine(0.001, 0.9), Pace((4, 0, 8))
+    for _ in range(300):
+        budget = pace.choose(4, 4)
+        assert budget <= 4
+        pace.record(4, budget, 4 * budget + 4, machine.cost(4, budget))
+        budget = pace.choose(2, 8)
+        pace.record(2, budget, 2 * budget + 2, machine.cost(2, budget))
+    assert pace.choose(2, 8) == 8

@@ -124,4 +124,6 @@ def test_stacked_trees_keep_their_rows():
     for mask, tree in zip(masks, trees):
         assert torch.equal(mask[: tree.budget + 1, : tree.budget + 1], tree.ancestor_mask()[0])
     assert DraftTree.stack(trees[:1]) is trees[0]
+    again = DraftTree.stack(stacked.split())
+    assert torch.equal(again.tokens, stacked.tokens) and torch.equal(again.parents, stacked.parents)
     assert DraftTree.stack([DraftTree.empty(1)] * 2).tokens.shape == (2, 0)

@@ -40,25 +40,26 @@ class Batch:
         adaptive: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """rows: how many run at most; budget: draft nodes of each row in a pass, so `rows * budget` in all.
+        """rows: how many run at most; budget: draft nodes of each row in a pass, so at most `rows * budget` in all.
 
         context: the most positions of a row, prompt and answer together (None: the target's). The cache holds no more
-        than `rows * (context + budget + 1)` of them: as many for each row as the longest one needs, and none while no
-        row runs. adaptive: draft only, and only as much, as `clock` (seconds) shows to be faster at the present number
-        of rows. Raises UserError for sizes below 1 (budget: 0).
+        than `rows * (context + 2 * budget + 1)` of them: as many for each row as the longest one needs, and none while
+        no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, half the
+        budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over. Raises
+        UserError for sizes below 1 (budget: 0).
         """
         if rows < 1 or budget < 0 or (context is not None and context < 1):
             raise UserError("A batch needs rows and context of at least 1 and a budget of at least 0.")
         self.target, self.max_rows, self.budget = target, rows, budget
         self.context = min(target.max_context, context or target.max_context)
-        self._loop = Loop(target, budget, rows)
+        self._pace = Pace(_candidates(budget, rows)) if adaptive and budget else None
+        self._loop = Loop(target, max(self._pace.budgets) if self._pace else budget, rows)
         self._rows: dict[int, Row] = {}
         self._waiting: dict[int, tuple[Row, list[int]]] = {}
         self._keys = 0
         self._drafter = drafter
         self._idle: list[Drafter] = []  # twins of it
         self._lent: set[Row] = set()  # the rows that they serve
-        self._pace = Pace(sorted({budget, (budget + 1) // 2, 0}, reverse=True)) if adaptive and budget else None
         self._clock = clock
 
     @property
@@ -150,7 +151,7 @@ class Batch:
         count = len(self._rows)
         drafting = any(type(row.drafter) is not NoDrafter for row in self._rows.values())
         pace = self._pace if drafting else None
-        budget = pace.choose(count) if pace else self.budget
+        budget = pace.choose(count, self.budget * self.max_rows // count) if pace else self.budget
         began = self._clock()
         try:
             steps = self._loop.step(budget, Clock(self.target.device, False))
@@ -170,3 +171,8 @@ class Batch:
             row.drafter.start(0)
             row.drafter.serves = None
             self._idle.append(row.drafter)
+
+
+def _candidates(budget: int, rows: int) -> list[int]:
+    """Budgets of a row, in the order in which they are tried."""
+    return [budget, *([budget // 2] if budget > 1 else []), 0, *([2 * budget] if rows > 1 else [])]

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,10 +92,6 @@ class Row:
         tokens: list[int] = root[0].tolist()
         self.context = prompt_ids + tokens
         return tokens
-
-    def draft(self) -> Any:
-        """Let the drafter run on the pairs that it has not seen."""
-        return self.drafter.draft(*self.unseen())
 
     def unseen(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand out the pairs that the drafter has not seen. Raises UserError if it serves another sequence by now."""
@@ -202,37 +197,28 @@ class Loop:
 
     def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
         """A tree for each row that stays, and the last steps of those whose drafters failed."""
-        trees: list[Any]
-        if budget:
-            guesses = self._guesses()
-            clock.lap("draft")
-            trees = [
-                guess if isinstance(guess, Exception) else _attempt(row.drafter.tree, guess, budget)
-                for row, guess in zip(self.rows, guesses)
-            ]
-        else:
-            clock.lap("draft")
-            trees = [DraftTree.empty(1, self.target.device) for _ in self.rows]
+        groups = self._groups() if budget else []
+        made: dict[Row, Any] = {}
+        for rows in groups:
+            made |= _by_row(rows, _guesses)
+        clock.lap("draft")
+        for rows in groups:
+            if not isinstance(made[rows[0]], Exception):
+                made |= _by_row(rows, _trees, [made[row] for row in rows], budget)
+        if not budget:
+            made = {row: DraftTree.empty(1, self.target.device) for row in self.rows}
         clock.lap("tree")
-        made = dict(zip(self.rows, trees))
         failed = [(row, Step.failed(error)) for row, error in made.items() if isinstance(error, Exception)]
         for row, _ in failed:
             self.leave(row)
         return [made[row] for row in self.rows], failed
 
-    def _guesses(self) -> list[Any]:
-        """What each row's drafter returns, or the exception that it raises; twins draft together if they can."""
-        guesses: dict[Row, Any] = {}
-        together: defaultdict[object, list[Row]] = defaultdict(list)
+    def _groups(self) -> list[list[Row]]:
+        """The rows that are drafted for at once: twins, if they can draft together, else each by itself."""
+        groups: defaultdict[object, list[Row]] = defaultdict(list)
         for row in self.rows:
-            if len(self.rows) > 1 and row.drafter.drafts_together:
-                together[row.drafter.lineage].append(row)
-            else:
-                guesses[row] = _attempt(row.draft)
-        for rows in together.values():
-            found = _attempt(_draft_together, rows)
-            guesses.update(zip(rows, repeat(found) if isinstance(found, Exception) else found))
-        return [guesses[row] for row in self.rows]
+            groups[row.drafter.lineage if row.drafter.drafts_together else row].append(row)
+        return list(groups.values())
 
     def _choose(self, logits: torch.Tensor, trees: list[DraftTree], ancestors: torch.Tensor) -> torch.Tensor:
         """The tokens that each row chooses after its root and its nodes: logits (B, M+1, V) -> (B, M+1)."""
@@ -248,16 +234,25 @@ class Loop:
         return chosen
 
 
-def _draft_together(rows: list[Row]) -> list[Any]:
-    return rows[0].drafter.draft_together([row.drafter for row in rows], [row.unseen() for row in rows])
+def _guesses(rows: list[Row]) -> list[Any]:
+    pairs = [row.unseen() for row in rows]
+    if len(rows) == 1:
+        return [rows[0].drafter.draft(*pairs[0])]
+    return rows[0].drafter.draft_together([row.drafter for row in rows], pairs)
 
 
-def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What work(*arguments) returns, or the exception that it raises."""
+def _trees(rows: list[Row], guesses: list[Any], budget: int) -> list[DraftTree]:
+    if len(rows) == 1:
+        return [rows[0].drafter.tree(guesses[0], budget)]
+    return rows[0].drafter.trees_together([row.drafter for row in rows], guesses, budget)
+
+
+def _by_row(rows: list[Row], work: Callable[..., list[Any]], *arguments: Any) -> dict[Row, Any]:
+    """What work(rows, *arguments) returns for each row, or the exception that it raises for all of them."""
     try:
-        return work(*arguments)
+        return dict(zip(rows, work(rows, *arguments), strict=True))
     except Exception as error:
-        return error
+        return dict.fromkeys(rows, error)
 
 
 @torch.inference_mode()

@@ -45,21 +45,22 @@ class Pace:
         self._best: dict[int, int] = {}
         self._turn = 0
 
-    def choose(self, rows: int) -> int:
-        """The budget of the next pass, which `rows` rows make."""
+    def choose(self, rows: int, most: int | None = None) -> int:
+        """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any)."""
+        budgets = self.budgets if most is None else [b for b in self.budgets if b <= most]
         probed, left = self._burst
-        if left:
+        if left and probed in budgets:
             return probed
-        unknown = [b for b in self.budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
+        unknown = [b for b in budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
         if unknown:
             return self._probe(unknown[0])
-        best = max(self.budgets, key=lambda b: self.rate(b, rows))
+        best = max(budgets, key=lambda b: self.rate(b, rows))
         if best != self._best.get(rows):
             self._best[rows], self._patience[rows], self._since[rows] = best, SHORTEST, 0
         self._since[rows] += 1
-        if self._since[rows] > self._patience[rows] and len(self.budgets) > 1:
+        if self._since[rows] > self._patience[rows] and len(budgets) > 1:
             self._since[rows], self._patience[rows] = 0, min(2 * self._patience[rows], LONGEST)
-            others = [b for b in self.budgets if b != best]
+            others = [b for b in budgets if b != best]
             self._turn += 1
             return self._probe(others[self._turn % len(others)])
         return best

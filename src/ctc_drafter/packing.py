@@ -43,7 +43,7 @@ class PackedLinears:
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
-        if rows > MAX_ROWS or (rows == 1 and not low_precision):
+        if not low_precision and not 1 < rows <= MAX_ROWS:
             return
         rows = ANY if low_precision else rows
         if rows in self._rows:

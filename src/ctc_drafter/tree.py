@@ -74,6 +74,11 @@ class DraftTree:
 
         return cls(rows("tokens", 0), rows("parents", ROOT), rows("depths", 1))
 
+    def split(self) -> list[DraftTree]:
+        """Each row as a tree of its own."""
+        fields = [self.tokens, self.parents, self.depths] + ([] if self.log_probs is None else [self.log_probs])
+        return [DraftTree(*row) for row in zip(*(t.split(1) for t in fields))]
+
     def ancestor_mask(self) -> Tensor:
         """Who sees whom: (B, M+1, M+1) bool, row = query, column = key, index 0 = root.
 

@@ -11,6 +11,7 @@ from ctc_drafter.drafters import DRAFTERS, CTCConfig, CTCDrafter, MedusaConfig, 
 from ctc_drafter.drafters.slots import SlotDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import LAST, Target
+from ctc_drafter.tree import DraftTree
 
 KINDS: dict[str, dict[str, Any]] = {
     "label-context": {"context_rank": 8},
@@ -84,6 +85,14 @@ def test_steps_equal_the_training_pass(drafter: SlotDrafter, chunks: list[int]) 
             torch.testing.assert_close(slots, want[:, end - 1], rtol=1e-5, atol=1e-5 * float(want.std()))
 
 
+def paths_of(tree: DraftTree) -> list[list[int]]:
+    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
+    paths: list[list[int]] = []
+    for token, parent in zip(tokens, parents):
+        paths.append([token] if parent < 0 else [*paths[parent], token])
+    return sorted(paths)
+
+
 def test_twins_draft_together_what_they_draft_alone(drafter: SlotDrafter) -> None:
     """Ragged numbers of new pairs; a twin joins later, one leaves, and they may draft alone in between."""
     target = drafter.target
@@ -101,7 +110,10 @@ def test_twins_draft_together_what_they_draft_alone(drafter: SlotDrafter) -> Non
                 want, want_root = alone[i].draft(*pair)
                 torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
                 assert torch.equal(root, want_root)
-                assert together[i].tree((logits, root), 6).budget == 6
+            trees = drafter.trees_together(mine, got, 6)
+            at_once = drafter.tree(tuple(torch.cat(parts) for parts in zip(*got)), 6)  # type: ignore[assignment]
+            for tree, same in zip(trees, at_once.split()):  # type: ignore[attr-defined]
+                assert paths_of(tree) == paths_of(same)
 
 
 def test_anchors_see_no_future(drafter: SlotDrafter) -> None:

@@ -50,7 +50,7 @@ class Drafter(nn.Module):
     serves: object = None
     """The generation whose context the drafter holds."""
     drafts_together: ClassVar[bool] = False
-    """Whether `draft_together` is there; if not, the rows of a batch are drafted for one after another."""
+    """Whether there is a `draft_together`; if not, the rows of a batch are drafted for one after another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,6 +74,10 @@ class Drafter(nn.Module):
     def tree(self, guess: Any, budget: int) -> DraftTree:
         """Turn what `draft` returned into a draft tree of exactly `budget` nodes (batch 1), or an empty one."""
         raise NotImplementedError
+
+    def trees_together(self, twins: Sequence[Self], guesses: Sequence[Any], budget: int) -> list[DraftTree]:
+        """Turn what `draft_together` returned into a tree for each twin, as `tree` does."""
+        return [twin.tree(guess, budget) for twin, guess in zip(twins, guesses)]
 
     def train_loss(
         self,

@@ -174,10 +174,18 @@ class SlotDrafter(TrainableDrafter):
     def tree(self, guess: tuple[torch.Tensor, torch.Tensor], budget: int) -> DraftTree:
         return self.prefix_tree(*guess, budget)
 
+    def trees_together(
+        self, twins: Sequence[Self], guesses: Sequence[tuple[torch.Tensor, torch.Tensor]], budget: int
+    ) -> list[DraftTree]:
+        if guesses[0][0].device.type == "cpu":  # there a search for each on the host is faster
+            return super().trees_together(twins, guesses, budget)
+        logits, roots = (torch.cat(parts) for parts in zip(*guesses))
+        return self.tree((logits, roots), budget).split()
+
     def prefix_tree(self, logits: torch.Tensor, root: torch.Tensor, budget: int, merge: bool = False) -> DraftTree:
-        """The best tree for slot logits (1, N, K + 1) after the root (1, 1)."""
+        """The best trees for slot logits (B, N, K + 1) after the roots (B, 1)."""
         if budget == 0:
-            return DraftTree.empty(1, logits.device)
+            return DraftTree.empty(len(logits), logits.device)
         context = None
         if self._tables is not None:
             keys, kept_keys, values = self._tables
