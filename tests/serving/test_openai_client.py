@@ -70,7 +70,7 @@ def test_eight_streams_at_once_equal_their_one_by_one_answers(client: OpenAI) ->
     alone = [streamed(client, **r) for r in requests]
     assert len({texts[0] for texts in alone}) > 4
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
+        for _ in range(2):
             assert list(pool.map(lambda r: streamed(client, **r), requests)) == alone
 
 
@@ -159,7 +159,7 @@ def test_without_a_seed_samples_vary(client: OpenAI) -> None:
 def test_the_text_ends_before_a_stop_string(client: OpenAI, extra: dict[str, Any]) -> None:
     full = client.chat.completions.create(**ask(QUESTIONS[6])).choices[0].message.content
     assert full is not None
-    for begin in range(3, len(full) - 6, 5):
+    for begin in range(3, len(full) - 6, 9):
         stop = full[begin : begin + 3]
         want = full[: full.index(stop)]
         for given in (stop, ["never said", stop]):

@@ -69,6 +69,7 @@ def test_sigterm_lets_answers_finish_and_takes_no_new_ones(target: Target, targe
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_server_at_once(target_folder: Path) -> None:
     with served("--target", target_folder, "--drafter", "none", "--slots", 1) as (process, base):
         client = client_of(base)
@@ -94,6 +95,7 @@ def test_a_killed_server_is_an_error_at_the_client(target_folder: Path) -> None:
             client_of(base).models.list()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_served_drafted() -> None:
     with served() as (process, base):
         client = client_of(base)
