@@ -22,6 +22,8 @@ from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.target import Target
 from live import NAME, QUESTIONS, Live, ask, chat_ids, live, text_of, tokens_of
 
+HTTP = httpx2.Client(timeout=60)
+
 PLAIN = {"ctc_drafter": {"drafter": "none"}}
 LOOKUP = {"ctc_drafter": {"drafter": "lookup"}}
 EXTRAS = pytest.mark.parametrize("extra", [{}, LOOKUP, PLAIN], ids=["ctc", "lookup", "plain"])
@@ -68,7 +70,7 @@ def test_eight_streams_at_once_equal_their_one_by_one_answers(client: OpenAI) ->
     alone = [streamed(client, **r) for r in requests]
     assert len({texts[0] for texts in alone}) > 4
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(3):
+        for _ in range(2):
             assert list(pool.map(lambda r: streamed(client, **r), requests)) == alone
 
 
@@ -157,7 +159,7 @@ def test_without_a_seed_samples_vary(client: OpenAI) -> None:
 def test_the_text_ends_before_a_stop_string(client: OpenAI, extra: dict[str, Any]) -> None:
     full = client.chat.completions.create(**ask(QUESTIONS[6])).choices[0].message.content
     assert full is not None
-    for begin in range(3, len(full) - 6, 5):
+    for begin in range(3, len(full) - 6, 9):
         stop = full[begin : begin + 3]
         want = full[: full.index(stop)]
         for given in (stop, ["never said", stop]):
@@ -234,22 +236,22 @@ def test_a_key_is_asked_for(target: Target) -> None:
             with pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
                 guarded.client(wrong).chat.completions.create(**ask("Hi"))
         for path, status in (("/v1/models", 401), ("/metrics", 401), ("/health", 200), ("/", 200)):
-            assert httpx2.get(guarded.base + path).status_code == status
+            assert HTTP.get(guarded.base + path).status_code == status
         for scheme, status in (("Bearer", 200), ("bearer", 200), ("Basic", 401), ("Bearer x", 401)):
             header = f"{scheme} open-sésame".encode()
-            assert httpx2.get(f"{guarded.base}/v1/models", headers={"Authorization": header}).status_code == status
+            assert HTTP.get(f"{guarded.base}/v1/models", headers={"Authorization": header}).status_code == status
 
 
 def test_metrics_count_what_happened(server: Live, client: OpenAI) -> None:
     def read() -> dict[str, float]:
-        lines = httpx2.get(f"{server.base}/metrics").text.splitlines()
+        lines = HTTP.get(f"{server.base}/metrics").text.splitlines()
         return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
     before = read()
     usage = client.chat.completions.create(**ask(QUESTIONS[0])).usage
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**ask("Hi", model="other"))
-    assert httpx2.get(f"{server.base}/made-up").status_code == 404
+    assert HTTP.get(f"{server.base}/made-up").status_code == 404
     after = read()
 
     def grown(name: str) -> float:
@@ -288,7 +290,7 @@ def test_distill_takes_its_answers_from_the_server(
 
 
 def test_the_schema_names_the_model_and_has_no_loose_ends(server: Live) -> None:
-    text = httpx2.get(f"{server.base}/openapi.json").text
+    text = HTTP.get(f"{server.base}/openapi.json").text
     document = json.loads(text)
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= document["paths"].keys()
     schemas = document["components"]["schemas"]
