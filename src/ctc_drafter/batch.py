@@ -108,7 +108,9 @@ class Batch:
                 f"batch's reads {list(layers)}; all rows of a batch must read the same."
             )
         self._keys += 1
-        mine = drafter or (self._idle.pop() if self._idle else self._drafter.twin())
+        mine = drafter
+        if mine is None:
+            mine = self._idle.pop() if self._idle else self._drafter.twin()
         row = Row(self.target, mine, sampling or Sampling(), ending)
         if drafter is None:
             self._lent.add(row)

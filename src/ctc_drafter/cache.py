@@ -115,11 +115,12 @@ class SlotCache(Cache):
         if (rows, capacity) == (self._rows, self.capacity):
             return
         count, longest = len(self.lengths), max(self.lengths)
-        for i, plane in enumerate(self._planes):
+        resized = []
+        for plane in self._planes:
             planes, _, heads, _, width = plane.shape
-            self._planes[i] = plane.new_zeros(planes, rows, heads, capacity, width)
-            self._planes[i][:, :count, :, :longest] = plane[:, :count, :, :longest]
-        self._rows, self.capacity = rows, capacity
+            resized.append(plane.new_zeros(planes, rows, heads, capacity, width))
+            resized[-1][:, :count, :, :longest] = plane[:, :count, :, :longest]
+        self._planes, self._rows, self.capacity = resized, rows, capacity  # all or, without memory for it, nothing
 
     @contextmanager
     def only(self, row: int) -> Iterator[None]:

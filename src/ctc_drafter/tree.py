@@ -77,7 +77,7 @@ class DraftTree:
     def split(self) -> list[DraftTree]:
         """Each row as a tree of its own."""
         fields = [self.tokens, self.parents, self.depths] + ([] if self.log_probs is None else [self.log_probs])
-        return [DraftTree(*row) for row in zip(*(t.split(1) for t in fields))]
+        return [DraftTree(*(t[i : i + 1] for t in fields)) for i in range(len(self.tokens))]
 
     def ancestor_mask(self) -> Tensor:
         """Who sees whom: (B, M+1, M+1) bool, row = query, column = key, index 0 = root.
