@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint type check bench embedded clean
+.PHONY: demo test test-all lint type check bench serving fuzz embedded clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -61,6 +61,14 @@ bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 12 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 --budget 16 --drafter ctc --drafter paper --drafter lookup --dtype float32 --json benchmarks/results/methods-float32.json
 	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
+
+# The server under eight clients, a minute for each drafter; and random requests against it.
+serving: $(STAMP)
+	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json --overwrite $(ARGS)
+
+fuzz: $(STAMP)
+	$(PIP) 'schemathesis>=4'
+	PYTHON=$(BIN)/python benchmarks/fuzz_server.sh $(ARGS)
 
 # torch goes first and alone, so that the extra index can bring nothing but torch.
 $(STAMP): pyproject.toml constraints.txt

@@ -11,27 +11,30 @@ work=runs/gpu; mkdir -p "$work"
 for recipe in embedded-target embedded-distill embedded-ctc paper; do
   sed "s#data/#$data/#g; s#runs/embedded#$work#g" "recipes/$recipe.yaml" > "$work/$recipe.yaml"
 done
-# A GPU affords more: the whole corpus several times over, and every distilled prompt.
-printf 'steps: %s\ndecay: %s\nbatch: 48\n' "${STEPS:-12000}" "${DECAY:-4000}" > "$work/override"
-python3 - "$work" "$data/functions.jsonl" <<'PY'
+# A GPU affords more: the whole corpus several times over in one part, every distilled prompt, drafters from scratch.
+python3 - "$work" "$data/functions.jsonl" "${STEPS:-12000}" "${DECAY:-4000}" <<'PY'
 import sys, yaml, pathlib
-work, functions = map(pathlib.Path, sys.argv[1:])
-recipe = yaml.safe_load((work / "embedded-target.yaml").read_text())
-recipe.update(yaml.safe_load((work / "override").read_text()))
-if functions.exists():
-    recipe["data"].append(str(functions))
-    recipe["mixture"]["functions"] = 2.0
-(work / "embedded-target.yaml").write_text(yaml.safe_dump(recipe))
+work, functions = map(pathlib.Path, sys.argv[1:3])
+steps, decay = map(int, sys.argv[3:])
+own = [str(functions)] * functions.exists()
+def change(name, **values):
+    path = work / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | values))
+target = yaml.safe_load((work / "embedded-target.yaml").read_text())
+change("embedded-target", output=str(work / "target"), steps=steps, decay=decay, batch=48,
+       data=target["data"] + own, mixture=target["mixture"] | {"functions": 2.0})
 distill = yaml.safe_load((work / "embedded-distill.yaml").read_text())
-distill.update(limit=0, mixture={})
-distill["prompts"] += [str(functions)] * functions.exists()
-(work / "embedded-distill.yaml").write_text(yaml.safe_dump(distill))
+change("embedded-distill", mixture={}, dtype="bfloat16", prompts=distill["prompts"][:1] + own)
+for name in ("embedded-ctc", "paper"):
+    change(name, init=None, dtype="bfloat16", steps=int(steps // 4), decay=int(decay // 4))
 PY
 run pretrain --config "$work/embedded-target.yaml"
 run distill --config "$work/embedded-distill.yaml"
 run train --config "$work/embedded-ctc.yaml"
 run train --config "$work/paper.yaml"
 suite=(--prompts "$data/eval/mt_bench.jsonl" --prompts "$data/eval/gsm8k_test.jsonl" --prompts "$data/eval/humaneval.jsonl" --limit 200)
+python3 benchmarks/methods.py table --target "$work/target" --data "$work/distilled.jsonl" --eval "$data/eval" --work "$work/methods" \
+  --steps "${METHOD_STEPS:-2000}" --dtype bfloat16 --json "$out/methods.json" --overwrite
 for dtype in float32 bfloat16; do
   run bench --target "$work/target" --drafter "$work/ctc" --drafter "$work/paper" "${suite[@]}" \
     --budget 8 --budget 16 --budget 32 --dtype "$dtype" --profile --overwrite --json "$out/bench-$dtype.json"

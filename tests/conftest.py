@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ctc_drafter.drafters import DRAFTERS
+from ctc_drafter.drafters import DRAFTERS, Drafter, LookupDrafter, NoDrafter, load_drafter
 from ctc_drafter.target import Target
 from ctc_drafter.training.tokenizer import train_tokenizer
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from live import Live
 
 CONTEXT = 192
 
@@ -71,3 +77,24 @@ def target(target_folder: Path) -> Target:
 @pytest.fixture(scope="session")
 def drafter_folder(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_drafter(tmp_path_factory.mktemp("drafters") / "tiny-ctc", target, context_rank=8)
+
+
+# ---------------------------------------------------------------- for tests/serving: a server around the tiny target
+
+
+@pytest.fixture(scope="session")
+def drafter(target: Target, drafter_folder: Path) -> Drafter:
+    return load_drafter(str(drafter_folder), target)
+
+
+@pytest.fixture(scope="module")
+def server(target: Target, drafter: Drafter) -> Iterator[Live]:
+    from live import live
+
+    with live(target, {"tiny-ctc": drafter.twin(), "lookup": LookupDrafter(), "none": NoDrafter()}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Live) -> OpenAI:
+    return server.client()

@@ -165,6 +165,14 @@ def test_search_over_slots_is_the_search_over_their_lattice(topology, pool):
         torch.testing.assert_close(tree.log_probs, expected.log_probs)
         on_device = best_prefixes(lattice, budget, depth)
         assert set(tree_paths(on_device)) == set(tree_paths(tree))
+        ids = torch.randperm(100, generator=generator)[:60]
+        named = best_tree(logits, budget, pool=pool, max_depth=depth, context=context, merge=merge, ids=ids)
+        assert torch.equal(named.tokens, ids[tree.tokens])
+        two = None if context is None else LabelContext(keys, values, root.expand(2, -1))
+        both = best_tree(
+            logits.expand(2, -1, -1), budget, pool=pool, max_depth=depth, context=two, merge=merge, ids=ids
+        )
+        assert set(tree_paths(both, 1)) == set(tree_paths(named))
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

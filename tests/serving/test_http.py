@@ -21,6 +21,8 @@ from ctc_drafter.serving.stream import EventStream
 from ctc_drafter.target import Target
 from live import QUESTIONS, BrokenDrafter, Live, PacedDrafter, ask, live, wait_until
 
+HTTP = httpx2.Client(timeout=60)
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -65,6 +67,7 @@ FIELDS: list[dict[str, Any]] = [
     *({"repetition_penalty": v} for v in (0, -1, 1e300)),
     *({"stream_options": v} for v in (5, {"include_usage": True}, {"include_usage": "yes"})),
     {"stream": True, "stream_options": {"made_up": True}},
+    {"stream": True, "stream_options": {"include_obfuscation": True}},
     *({"logprobs": v} for v in (True, 5)),
     *({"tools": [{"type": "function"}]}, {"tool_choice": "required"}, {"functions": [{}]}),
     *({"response_format": {"type": "json_object"}}, {"logit_bias": {"5": 100}}, {"frequency_penalty": 0.5}),
@@ -79,7 +82,7 @@ def test_bad_fields_are_refused(server: Live, path: str) -> None:
     good: dict[str, Any] = {"model": "tiny", "max_tokens": 2, "temperature": 0}
     good |= {"messages": HI} if path == CHAT else {"prompt": "Hi"}
     only_chat = {"messages", "max_completion_tokens"}
-    with httpx2.Client(base_url=server.base) as http:
+    with httpx2.Client(base_url=server.base, timeout=60) as http:
         for fields in FIELDS:
             if path == TEXT and only_chat & fields.keys():
                 continue
@@ -96,7 +99,7 @@ def test_bad_fields_are_refused(server: Live, path: str) -> None:
 )
 def test_bad_prompts_are_refused(server: Live, prompt: Any) -> None:
     content = json.dumps({"model": "tiny", "prompt": prompt})
-    check(httpx2.post(server.base + TEXT, content=content, headers={"content-type": "application/json"}), 400)
+    check(HTTP.post(server.base + TEXT, content=content, headers={"content-type": "application/json"}), 400)
 
 
 BODIES = [
@@ -125,16 +128,16 @@ BODIES = [
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:40]))
 def test_bad_bodies_are_refused(server: Live, body: bytes) -> None:
     for path in (CHAT, TEXT):
-        check(httpx2.post(server.base + path, content=body, headers={"content-type": "application/json"}), 400)
+        check(HTTP.post(server.base + path, content=body, headers={"content-type": "application/json"}), 400)
 
 
 def test_other_content_types_are_refused(server: Live) -> None:
-    body = json.dumps({"model": "tiny", "messages": HI}).encode()
+    body = json.dumps({"model": "tiny", "messages": HI, "max_tokens": 2}).encode()
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "x", ""):
-        check(httpx2.post(server.base + CHAT, content=body, headers={"content-type": kind}), 415)
-    check(httpx2.post(server.base + CHAT, content=body), 415)
+        check(HTTP.post(server.base + CHAT, content=body, headers={"content-type": kind}), 415)
+    check(HTTP.post(server.base + CHAT, content=body), 415)
     header = {"content-type": "Application/JSON; charset=utf-8"}
-    assert httpx2.post(server.base + CHAT, content=body, headers=header).status_code == 200
+    assert HTTP.post(server.base + CHAT, content=body, headers=header).status_code == 200
 
 
 def test_unknown_routes_and_wrong_methods_are_refused(server: Live) -> None:
@@ -148,9 +151,9 @@ def test_unknown_routes_and_wrong_methods_are_refused(server: Live) -> None:
         "/page/page.js",
         "/docs",
     ):
-        check(httpx2.get(server.base + path), 404)
+        check(HTTP.get(server.base + path), 404)
     for method, path in (("GET", CHAT), ("DELETE", "/v1/models"), ("POST", "/health"), ("PUT", "/"), ("GET", TEXT)):
-        response = httpx2.request(method, server.base + path)
+        response = HTTP.request(method, server.base + path)
         check(response, 405)
         assert response.headers["allow"]
 
@@ -158,10 +161,10 @@ def test_unknown_routes_and_wrong_methods_are_refused(server: Live) -> None:
 def test_large_bodies_are_refused_before_they_are_read(target: Target) -> None:
     with live(target, {"none": NoDrafter()}, limits=Limits(max_body=2000, body_timeout=0.3)) as small:
         header = {"content-type": "application/json"}
-        check(httpx2.post(small.base + CHAT, content=b" " * 2001, headers=header), 413)
+        check(HTTP.post(small.base + CHAT, content=b" " * 2001, headers=header), 413)
         parts = (b" " * 1000 for _ in range(100))
-        check(httpx2.post(small.base + CHAT, content=parts, headers=header), 413)
-        check(httpx2.post(small.base + CHAT, content=b" " * 2000, headers=header), 400)
+        check(HTTP.post(small.base + CHAT, content=parts, headers=header), 413)
+        check(HTTP.post(small.base + CHAT, content=b" " * 2000, headers=header), 400)
         port = int(small.base.rsplit(":", 1)[1])
         for length, status in ((str(10**15), b"413"), ("50", b"408")):
             with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:

@@ -23,6 +23,8 @@ from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.target import Target
 from live import QUESTIONS, ask, chat_ids, text_of, tokens_of, wait_until
 
+HTTP = httpx2.Client(timeout=60)
+
 
 @contextmanager
 def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
@@ -57,8 +59,8 @@ def test_sigterm_lets_answers_finish_and_takes_no_new_ones(target: Target, targe
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
         texts = [pool.submit(read, i) for i in range(8)]
-        wait_until(lambda: httpx2.get(f"{base}/health").json()["running"] > 4)
-        with httpx2.Client(base_url=base) as http:
+        wait_until(lambda: HTTP.get(f"{base}/health").json()["running"] > 4)
+        with httpx2.Client(base_url=base, timeout=60) as http:
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: http.get("/health").json()["status"] == "draining")
             response = http.post("/v1/chat/completions", json=request(0))
@@ -67,6 +69,7 @@ def test_sigterm_lets_answers_finish_and_takes_no_new_ones(target: Target, targe
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_server_at_once(target_folder: Path) -> None:
     with served("--target", target_folder, "--drafter", "none", "--slots", 1) as (process, base):
         client = client_of(base)
@@ -92,6 +95,7 @@ def test_a_killed_server_is_an_error_at_the_client(target_folder: Path) -> None:
             client_of(base).models.list()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_served_drafted() -> None:
     with served() as (process, base):
         client = client_of(base)

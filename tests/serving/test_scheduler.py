@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from random import Random
 
 import pytest
 
 from ctc_drafter.acceptance import Sampling
-from ctc_drafter.drafters import Drafter, NoDrafter
+from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.serving.scheduler import Busy, Draining, Failed, Job, Scheduler, Submission, TimedOut
 from ctc_drafter.target import Target
 from live import QUESTIONS, BrokenDrafter, PacedDrafter, chat_ids, tokens_of
@@ -68,6 +69,33 @@ def test_turns_are_taken_step_by_step(target: Target) -> None:
         assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
 
     with scheduler(target, NoDrafter(), slots=3) as made:
+        trial(test)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_do_not_depend_on_who_joins_and_leaves(target: Target, drafter: Drafter, seed: int) -> None:
+    async def follow(question: int, kind: str, patience: int) -> None:
+        await asyncio.sleep(random.uniform(0, 0.2))
+        submission = made.submit([job(target, question, kind, tokens=24)])
+        got: list[int] = []
+        async for event in submission:
+            got += event.step.tokens
+            if len(got) >= patience:
+                submission.cancel()
+        assert got == want[question][: len(got)]
+        assert len(got) >= min(patience, 24)
+
+    async def test() -> None:
+        kinds = [drafter.name, "lookup", "none"]
+        await asyncio.gather(
+            *(follow(random.randrange(8), random.choice(kinds), random.choice([1, 5, 12, 99])) for _ in range(16))
+        )
+        await made.drain()  # the last that left may not have been noticed yet
+        assert (made.stats().running, made.stats().waiting) == (0, 0)
+
+    random = Random(seed)
+    want = [tokens_of(target, NoDrafter(), chat_ids(target, q), max_new_tokens=24) for q in QUESTIONS]
+    with scheduler(target, drafter.twin(), LookupDrafter(), NoDrafter(), slots=3, queue=20) as made:
         trial(test)
 
 

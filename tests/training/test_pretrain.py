@@ -97,12 +97,22 @@ def test_the_result_is_a_target(recipe: PretrainConfig) -> None:
     assert card["history"][-1]["held_out"] < card["history"][0]["held_out"]
 
 
+def test_float32_passes_learn_what_bfloat16_passes_learn(recipe: PretrainConfig, tmp_path: Path) -> None:
+    run = replace(recipe, steps=20, decay=10, checkpoint_every=20)
+    folders = [pretrain(replace(run, dtype=dtype, output=str(tmp_path / dtype))) for dtype in ("bfloat16", "float32")]
+    low, full = (json.loads((folder / "pretrain.json").read_text())["held_out_loss"] for folder in folders)
+    assert full == pytest.approx(low, rel=0.02)
+    stored = load_file(folders[1] / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
 def test_training_goes_on_from_a_folder(recipe: PretrainConfig, tmp_path: Path) -> None:
     fast = replace(recipe, lr_matrix=1e-2, lr_other=1e-2)
     first = pretrain(replace(fast, steps=40, decay=10, checkpoint_every=20))
     later = pretrain(replace(fast, output=str(tmp_path / "later"), init=str(first), steps=3, checkpoint_every=3))
-    losses = [json.loads((f / "pretrain.json").read_text())["history"][0]["held_out"] for f in (first, later)]
-    assert losses[1] < losses[0]
+    cards = [json.loads((f / "pretrain.json").read_text()) for f in (first, later)]
+    assert cards[1]["history"][0]["held_out"] < cards[0]["history"][0]["held_out"]
+    assert cards[1]["before"] == cards[0]
     assert (first / "tokenizer.json").read_bytes() == (later / "tokenizer.json").read_bytes()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
@@ -189,10 +189,16 @@ class SlotDrafter(TrainableDrafter):
         context = None
         if self._tables is not None:
             keys, kept_keys, values = self._tables
-            context = LabelContext(kept_keys, values, keys[root[:, 0]])
-        pool = min(max(self.config.pool, budget), len(self.kept))
-        tree = best_tree(logits, budget, pool=pool, max_depth=self.config.labels, context=context, merge=merge)
-        return tree if self.config.vocabulary == 0 else replace(tree, tokens=self.kept[tree.tokens])
+            context = LabelContext(kept_keys, values, keys.index_select(0, root[:, 0]))
+        return best_tree(
+            logits,
+            budget,
+            pool=min(max(self.config.pool, budget), len(self.kept)),
+            max_depth=self.config.labels,
+            context=context,
+            merge=merge,
+            ids=self.kept if self.config.vocabulary else None,
+        )
 
     # ------------------------------------------------------------ training
 

@@ -119,11 +119,13 @@ def best_first_of_slots(
     max_depth: int | None = None,
     context: LabelContext | None = None,
     merge: bool = False,
+    ids: Tensor | None = None,
 ) -> DraftTree:
     """`best_first` over the lattice that `pool_tokens` and `pool_lattice` would make, all of it in arrays.
 
-    slot_logits (1, N, V+1), blank last; the pool has ``size`` tokens. The fastest search for one sequence on a CPU:
-    on arrays of this size most of a tensor operation's time is its dispatch.
+    slot_logits (1, N, V+1), blank last; the pool has ``size`` tokens; ids (V,): the token of each class, if not the
+    class itself. The fastest search for one sequence on a CPU: on arrays of this size most of a tensor operation's
+    time is its dispatch.
     """
     every = slot_logits[0].float().softmax(-1).numpy()
     peak = every[:, :-1].max(0)
@@ -144,7 +146,8 @@ def best_first_of_slots(
 
     levels = len(every) if max_depth is None else max_depth
     nodes = _best_nodes(_Row(probs, key, values, merge), budget, levels)
-    return _packed([nodes], [pool.tolist()], budget, slot_logits.device)
+    tokens = pool if ids is None else ids.numpy()[pool]
+    return _packed([nodes], [tokens.tolist()], budget, slot_logits.device)
 
 
 def _packed(nodes: list[list[_Node]], pools: list[list[int]], budget: int, device: torch.device) -> DraftTree:
@@ -166,11 +169,15 @@ def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
         left = budget - len(nodes)
         if depth <= levels:
             found = _Extensions(row, arrived, last)
-            best = np.argpartition(found.probs, -left)[-left:] if left < row.size else np.arange(row.size)
-            pairs = zip(found.probs[best].tolist(), best.tolist())
-            candidates += [(p, label, parent, depth, found) for p, label in pairs if p > MIN_PROB]
-            candidates.sort(key=itemgetter(0))
-            del candidates[:-left]
+            least = candidates[0][0] if len(candidates) == left else MIN_PROB
+            better = np.flatnonzero(found.probs > least)
+            if len(better) > left:
+                better = better[np.argpartition(found.probs[better], -left)[-left:]]
+            if len(better):
+                pairs = zip(found.probs[better].tolist(), better.tolist())
+                candidates += [(p, label, parent, depth, found) for p, label in pairs]
+                candidates.sort(key=itemgetter(0))
+                del candidates[:-left]
         if not candidates:
             return nodes + [(0, ROOT, 1, -math.inf)] * left
         p, last, parent, depth, extensions = candidates.pop()

@@ -9,6 +9,7 @@ the same in fixed shapes.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -34,15 +35,18 @@ def best_tree(
     max_depth: int | None = None,
     context: LabelContext | None = None,
     merge: bool = False,
+    ids: Tensor | None = None,
 ) -> DraftTree:
     """The draft tree with the largest expected accepted length, over the ``pool`` likeliest tokens.
 
-    slot_logits (B, N, V+1), blank last. `best_first` for one row on a CPU, `best_prefixes` elsewhere.
+    slot_logits (B, N, V+1), blank last; ids (V,): the token of each class, if not the class itself. `best_first` for
+    one row on a CPU, `best_prefixes` elsewhere.
     """
     if slot_logits.device.type == "cpu" and slot_logits.shape[0] == 1:
-        return best_first_of_slots(slot_logits, pool, budget, max_depth, context, merge)
-    tokens = pool_tokens(slot_logits, pool)
-    lattice = pool_lattice(slot_logits, tokens, None if context is None else context.of_pool(tokens), merge)
+        return best_first_of_slots(slot_logits, pool, budget, max_depth, context, merge, ids)
+    classes = pool_tokens(slot_logits, pool)
+    lattice = pool_lattice(slot_logits, classes, None if context is None else context.of_pool(classes), merge)
+    lattice = lattice if ids is None else replace(lattice, pool=ids[classes])
     return best_prefixes(lattice, budget, max_depth)
 
 

@@ -14,7 +14,7 @@ from time import time
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 
 from .. import __version__
 from ..errors import UserError
@@ -116,7 +116,7 @@ def create_app(service: Service) -> FastAPI:
     add_handlers(app)
     app.include_router(_api(service))
     app.include_router(_pages(service))
-    app.openapi = lambda: openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi(app, service.name)  # type: ignore[method-assign]
     app.add_middleware(Counting, metrics=service.metrics, name=_label)
     return app
 
@@ -160,7 +160,7 @@ def _api(service: Service) -> APIRouter:
             raise ApiError(404, f"There is no model '{name[:80]}'; this is '{service.name}'.", code="model_not_found")
         return JSONResponse(model())
 
-    @guarded.get("/metrics")
+    @guarded.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -100,7 +100,6 @@ class Extension(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 class Message(_Strict):
@@ -180,6 +179,7 @@ UNSUPPORTED: dict[str, tuple[Neutral, str]] = {
     "modalities": (lambda value: value == ["text"], "the model writes text only"),
     "store": (_off, "the server stores nothing"),
     "service_tier": (lambda value: value in ("auto", "default"), "there is one tier"),
+    "stream_options.include_obfuscation": (_off, "chunks are not padded"),
     "ignore_eos": (_off, "an answer ends where the model ends it"),
     "skip_special_tokens": (lambda value: value is True, "special tokens are never part of the text"),
 }

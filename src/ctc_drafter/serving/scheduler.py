@@ -124,7 +124,7 @@ class Submission:
 
 
 class Scheduler:
-    """Runs jobs on one thread; `submit`, `stats` and `drain` may be called from any other."""
+    """Runs jobs on one thread; `submit` and `drain` are called on an event loop, `stats` and `close` from anywhere."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Scheduler:
         """Take nothing new; returns when all that was taken is done."""
         with self._condition:
             self._draining = True
-        while self.stats().alive and (self._running or self._waiting):
+        while (stats := self.stats()).alive and stats.running + stats.waiting:
             await asyncio.sleep(0.02)
 
     def close(self) -> None:

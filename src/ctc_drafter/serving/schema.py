@@ -29,21 +29,28 @@ _ERROR = {
 }
 
 
-def openapi(app: FastAPI) -> dict[str, Any]:
-    """The document, made once."""
+def openapi(app: FastAPI, model: str) -> dict[str, Any]:
+    """The document, made once; `model` is the only name that requests may give."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        models = [(model, "validation") for model in BODIES.values()]
+        models = [(body, "validation") for body in BODIES.values()]
         _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-        document["components"] = {"schemas": {**definitions["$defs"], "Error": _ERROR}}
+        schemas = {**definitions["$defs"], "Error": _ERROR}
+        for name in ("Message", "StreamOptions", *(body.__name__ for body in BODIES.values())):
+            schemas[name]["additionalProperties"] = False  # but for those without effect
+        for body in BODIES.values():
+            schemas[body.__name__]["properties"]["model"]["enum"] = [model]
+        document["components"] = {"schemas": schemas}
         failure = {
             "description": "An error.",
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
         }
         for path, methods in document["paths"].items():
             for operation in methods.values():
+                operation["responses"].pop("422", None)
                 operation["responses"] |= {"4XX": failure, "503": failure}
                 if path in BODIES:
+                    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
                     schema = {"$ref": f"#/components/schemas/{BODIES[path].__name__}"}
                     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         app.openapi_schema = document

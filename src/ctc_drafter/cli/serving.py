@@ -1,4 +1,4 @@
-"""The commands `serve` and `chat`; imported by `cli`, whose options they share."""
+"""The commands that answer others: serve and chat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..cli import (
+from ..errors import UserError
+from .options import (
     BUDGET,
     Budget,
     Device,
@@ -23,12 +24,11 @@ from ..cli import (
     TopK,
     TopP,
     Trust,
-    _load_drafter,
-    _load_target,
-    _sampling,
     command,
+    load_drafter,
+    load_target,
+    sampling_of,
 )
-from ..errors import UserError
 
 EMBEDDED_NAME = "embedded"
 
@@ -70,13 +70,13 @@ def serve(
         raise UserError(
             f"`serve` needs {error.name}, which is not installed; run: pip install 'ctc-drafter[serve]'"
         ) from None
-    from .app import Limits, Service, create_app
-    from .scheduler import Scheduler
-    from .server import bind, run
+    from ..serving.app import Limits, Service, create_app
+    from ..serving.scheduler import Scheduler
+    from ..serving.server import bind, run
 
     bound = bind(host, port)
-    loaded = _load_target(target, dtype, device, threads, trust_remote_code)
-    drafters = {d.name: d for d in (_load_drafter(drafter, loaded), _load_drafter("none", loaded))}
+    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
     scheduler = Scheduler(loaded, drafters, budget=budget, slots=slots, queue=queue, timeout=timeout)
     service = Service(
         loaded,
@@ -124,9 +124,9 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with the target in the terminal: /reset begins anew, /exit ends, Ctrl-C stops an answer."""
-    sampling = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    from .chat import Conversation, talk
+    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    from ..serving.chat import Conversation, talk
 
-    loaded = _load_target(target, dtype, device, threads, trust_remote_code)
-    chosen = _load_drafter(drafter, loaded)
+    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    chosen = load_drafter(drafter, loaded)
     talk(Conversation(loaded, chosen, sampling, budget=budget, max_new_tokens=max_new_tokens, system=system), stats)
