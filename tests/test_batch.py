@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from conftest import TEXTS, build_drafter
-from ctc_drafter.acceptance import Sampling
+from ctc_drafter.acceptance import Chooser, Sampling
 from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
@@ -52,7 +53,15 @@ class Request:
         return {"max_new_tokens": self.tokens, "sampling": self.sampling, "stop": self.stop}
 
 
-Alone = Callable[[Request], list[tuple[list[int], str | None]]]
+@dataclass(frozen=True)
+class Answer:
+    tokens: list[int]
+    finish: str | None
+    sure: int
+    """How many tokens come before the first near-tie, whose order rounding may change."""
+
+
+Alone = Callable[[Request], Answer]
 
 
 def joined(steps: list[Step]) -> tuple[list[int], str | None]:
@@ -97,14 +106,26 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def alone(family: Target) -> Alone:
     """What plain decoding answers one by one."""
-    known: dict[Request, tuple[list[int], str | None]] = {}
+    known: dict[Request, Answer] = {}
+    scores_of = Chooser.scores
 
-    def answer(request: Request) -> tuple[list[int], str | None]:
+    def answer(request: Request) -> Answer:
         if request not in known:
-            known[request] = joined(list(generate(family, NoDrafter(), list(request.prompt), **request.options())))
+            margins: list[float] = []
+
+            def scores(*arguments: Any) -> torch.Tensor:
+                out = scores_of(*arguments)
+                best, second = out[0, 0].topk(2).values.tolist()
+                margins.append(best - second)
+                return out
+
+            with patch.object(Chooser, "scores", scores):
+                steps = list(generate(family, NoDrafter(), list(request.prompt), **request.options()))
+            sure = next((i for i, margin in enumerate(margins) if margin < 1e-4), len(margins))
+            known[request] = Answer(*joined(steps), sure)
         return known[request]
 
-    return answer  # type: ignore[return-value]
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +210,10 @@ def check(batch: Batch, actions: list[Any], alone: Alone) -> None:
             continue
         tokens, finish = joined(steps)
         want = alone(request)
-        assert (tokens, finish) == want if finish else tokens == want[0][: len(tokens)]
+        if want.sure < len(want.tokens):
+            tokens, finish = tokens[: want.sure], None
+        assert tokens == want.tokens[: len(tokens)]
+        assert finish is None or (finish, len(tokens)) == (want.finish, len(want.tokens))
         assert all(step.finish is None for step in steps[:-1])
         assert all(step.accepted == len(step.tokens) - 1 for step in steps[1:-1])
         if not request.draft:
@@ -197,7 +221,7 @@ def check(batch: Batch, actions: list[Any], alone: Alone) -> None:
 
 
 MANY = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -214,10 +238,10 @@ def test_any_interleaving_answers_as_one_by_one(
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@settings(MANY, max_examples=6)
+@settings(MANY, max_examples=4)
 @given(actions=ACTIONS)
 def test_any_drafter(build: Build, family: Target, alone: Alone, actions: list[Any]) -> None:
-    answers = {a.prompt: alone(a)[0] for a in actions if isinstance(a, Request)}
+    answers = {a.prompt: alone(a).tokens for a in actions if isinstance(a, Request)}
     drafter = ScriptedForMany(build, answers, family.vocab_size)  # type: ignore[arg-type]
     check(Batch(family, drafter, rows=ROWS, budget=BUDGET, adaptive=False), actions, alone)
 

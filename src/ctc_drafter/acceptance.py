@@ -95,8 +95,14 @@ class Chooser:
 
         From call to call the context must grow, by no more than M + 1 tokens.
         """
+        return largest(self.scores(logits, tree, ancestors, context))
+
+    def scores(
+        self, logits: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, context: list[int]
+    ) -> torch.Tensor:
+        """What `choose` takes the largest of, (1, M+1, V): the logits, processed and with noise where there is any."""
         if self.is_argmax:
-            return largest(logits)
+            return logits
         scores = logits[0].float()
         if self._processors:
             prefix = torch.tensor(context, device=scores.device)
@@ -104,9 +110,9 @@ class Chooser:
             own = torch.where(ancestors[0], nodes, prefix[-1])  # a repeated token changes nothing in any processor
             ids = torch.cat([prefix.expand(scores.shape[0], -1), own], dim=1)
             scores = self._processors(ids, scores)
-        if self._generator is None:
-            return scores.argmax(-1)[None]
-        return (scores + self._noise_of(scores[0], tree, len(context))).argmax(-1)[None]
+        if self._generator is not None:
+            scores = scores + self._noise_of(scores[0], tree, len(context))
+        return scores[None]
 
     def _noise_of(self, like: torch.Tensor, tree: DraftTree, position: int) -> torch.Tensor:
         """(M+1, V): the noise of the token after the root, which stands at `position`, and of those after the nodes."""

@@ -159,7 +159,7 @@ class Batch:
             steps = self._loop.step(budget, Clock(self.target.device, False))
         except Exception as error:
             return [(key, Step.failed(error)) for key in self._rows]
-        if pace:
+        if pace and len(self._loop.rows) == count:  # else a drafter failed
             pace.record(count, budget, sum(len(step.tokens) for _, step in steps), self._clock() - began)
         key_of = {row: key for key, row in self._rows.items()}
         return [(key_of[row], step) for row, step in steps]
