@@ -77,7 +77,7 @@ def serve(
     bound = bind(host, port)
     loaded = load_target(target, dtype, device, threads, trust_remote_code)
     drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
-    scheduler = Scheduler(loaded, drafters, budget=budget, slots=slots, queue=queue, timeout=timeout)
+    scheduler = Scheduler(loaded, drafters, budget=budget, slots=slots, queue=queue, timeout=timeout, adaptive=True)
     service = Service(
         loaded,
         scheduler,
