@@ -382,6 +382,14 @@ def test_init_takes_the_weights_of_another_run(recipe: TrainConfig, tmp_path: Pa
         torch.testing.assert_close(mine[name], tensor, msg=name)
 
 
+def test_weights_are_written_as_the_recipe_says(recipe: TrainConfig, target: Target) -> None:
+    full = weights(train(recipe))
+    small = weights(train(replace(recipe, store="bfloat16")))  # the same run, finished: only written again
+    for name, tensor in full.items():
+        assert torch.equal(small[name], tensor.bfloat16() if tensor.is_floating_point() else tensor), name
+    load_drafter(recipe.output, target)
+
+
 def test_init_that_does_not_fit_is_refused(recipe: TrainConfig, tmp_path: Path) -> None:
     first = train(recipe)
     other = replace(recipe, output=str(tmp_path / "second"), init=str(first))

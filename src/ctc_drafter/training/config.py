@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 FREE = {
     *("output", "device", "features", "skip_bad_shards", "steps", "decay", "accumulate", "checkpoint_every"),
-    "trust_remote_code",
+    *("trust_remote_code", "store"),
 }
 """What may change between a run and its continuation."""
 
@@ -59,6 +59,8 @@ class TrainConfig:
     """Draft nodes in each step of these answers."""
     checkpoint_every: int = 100
     dtype: str = "bfloat16"
+    store: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the written weights; auto: as `dtype`."""
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False

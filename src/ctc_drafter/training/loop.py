@@ -170,7 +170,8 @@ class Training:
         if self.prompts:
             training["kept"] = self.kept
         copy_weights(self.best or self.average.tensors, self.weights)
-        self.drafter.save_pretrained(self.output, {"training": training}, self.target.dtype)
+        dtype = self.target.dtype if self.config.store == "auto" else getattr(torch, self.config.store)
+        self.drafter.save_pretrained(self.output, {"training": training}, dtype)
         run: dict[str, Any] = {"command": shlex.join(["ctc-drafter", *sys.argv[1:]]), "recipe": asdict(self.config)}
         run |= {"processes": self.setup.processes.count, "versions": versions()}
         write_text(self.output / "run.yaml", yaml.safe_dump(run, sort_keys=False))
