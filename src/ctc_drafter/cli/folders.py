@@ -1,8 +1,9 @@
-"""The commands about folders: inspect says what one is."""
+"""The commands about folders: inspect says what one is, export writes one for other libraries."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,3 +48,16 @@ def inspect(
     if not is_well(report):
         sys.stdout.flush()
         raise typer.Exit(1)
+
+
+@command
+def export(
+    drafter: Annotated[str, typer.Argument(help="Drafter folder, `ctc` or `paper`.")],
+    to: Annotated[str, typer.Option("--to", help="transformers or speculators.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a drafter as a folder that another library can use."""
+    from ..integrations.export import export as write
+
+    print(write(drafter, to, output, overwrite=overwrite))

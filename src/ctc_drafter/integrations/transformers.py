@@ -88,7 +88,7 @@ class CustomGenerate:
             batch = Batch(target, drafter, rows=len(prompts), budget=self.budget, adaptive=len(prompts) > 1)
             keys = [batch.add(ids, max_new_tokens=limit, sampling=_seeded(sampling)) for ids in prompts]
             answers = _run(batch, keys, input_ids, criteria, token_streamer)
-        sequences = _joined(input_ids, answers, generation_config._pad_token_tensor)
+        sequences: Any = _joined(input_ids, answers, generation_config._pad_token_tensor)
         return (
             GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
         )
