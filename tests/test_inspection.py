@@ -105,6 +105,17 @@ def test_a_target_is_told(target_folder: Path, target: Target, tmp_path: Path) -
     assert not told(build_target(tmp_path / "base", chat=False))["chat_template"]
 
 
+def test_parts_of_a_target_are_held_against_their_index(target_folder: Path, target: Target, tmp_path: Path) -> None:
+    target.model.save_pretrained(tmp_path, max_shard_size="50KB")
+    report = told(tmp_path)
+    assert not failed(report) and report["parameters"] == told(target_folder)["parameters"]
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    shutil.copy(parts[1], parts[0])
+    assert "tensors of the index are missing" in failed(told(tmp_path, code=1))["weights"]
+    parts[0].unlink()
+    assert f"1 of {len(parts)} parts" in failed(told(tmp_path, code=1))["weights"]
+
+
 def test_a_result_is_one_line(tmp_path: Path) -> None:
     totals = {"answers": 3, "tokens": 90, "tau": 2.5, "tokens_per_second": 20.0, "plain_tokens_per_second": 10.0}
     totals |= {"speedup": 2.0, "efficiency": 0.8, "identical": 3}

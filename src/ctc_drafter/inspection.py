@@ -79,7 +79,7 @@ def weights_of(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -> Report:
     try:
-        kind = content["speculators_model_type"]
+        kind = str(content["speculators_model_type"])
         verifier = dict(content["speculators_config"]["verifier"])
         fields = dict(content["drafter"])
     except (KeyError, TypeError, ValueError) as error:
@@ -207,8 +207,7 @@ def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: 
         "checks": [],
     }
     checks = report["checks"]
-    files = sorted(folder.glob("*.safetensors"))
-    weights = _attempt(checks, "weights", lambda: _target_weights(files), note=lambda w: f"{len(w)} tensors")
+    weights = _attempt(checks, "weights", lambda: _target_weights(folder), note=lambda w: f"{len(w)} tensors")
     if weights is not None:
         report["parameters"] = sum(torch.Size(shape).numel() for shape, _ in weights.values())
         report["dtype"] = sorted({dtype for _, dtype in weights.values()})
@@ -217,10 +216,23 @@ def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: 
     return report
 
 
-def _target_weights(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    if not files:
-        raise UserError("there are no safetensors files; other formats are not loaded")
-    return weights_of(files)
+def _target_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The tensors of the file or of the parts that its index names, as transformers chooses them."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return weights_of([folder / "model.safetensors"])
+    if not index.is_file():
+        raise UserError("there is no model.safetensors; other formats are not loaded")
+    named = dict(_read_json(index, folder)["weight_map"])
+    files = sorted({folder / str(name) for name in named.values()})
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UserError(f"{len(absent)} of {len(files)} parts are missing, the first is {absent[0]}")
+    found = weights_of(files)
+    lost = sorted(named.keys() - found.keys())
+    if lost:
+        raise UserError(f"{len(lost)} tensors of the index are missing, the first is {lost[0]}")
+    return found
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -264,7 +276,7 @@ def result_line(report: Report) -> str:
             f"identical {_share(totals['identical'], totals['answers'])}"
             + ("" if report["complete"] else "; the run was interrupted")
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{report['path']}' lacks what a result of `ctc-drafter bench` has ({error!r}).") from None
 
 

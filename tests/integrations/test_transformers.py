@@ -134,6 +134,16 @@ def test_tokens_are_streamed(model: Any, fast: Any, target: Target) -> None:
     assert "".join(streamer) == target.tokenizer.decode(ids[0, PROMPT.shape[1] :])
 
 
+def test_a_model_is_tested_once(model: Any, drafter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests: list[Target] = []
+    test = Target.self_test
+    monkeypatch.setattr(Target, "self_test", lambda target: (tests.append(target), test(target)))
+    fast = custom_generate(drafter_folder)
+    for _ in range(3):
+        model.generate(PROMPT, do_sample=False, max_new_tokens=4, custom_generate=fast)
+    assert len(tests) == 1
+
+
 def test_the_model_is_left_as_it_was(model: Any, drafter_folder: Path) -> None:
     mine = copy.deepcopy(model).requires_grad_(True)
     fast = custom_generate(drafter_folder)

@@ -123,7 +123,7 @@ def generate_from(drafter: str | Path, budget: int, model: Any, arguments: dict[
 
 
 _kept: CustomGenerate | None = None
-"""The last one of `generate_from`, so that a model is not tested at every call."""
+"""The last one of `generate_from`, so that a model is not tested at every call; it keeps that model in memory."""
 
 
 class Guest:
