@@ -186,6 +186,7 @@ def _training(folder: Path, content: Report) -> Report | None:
 def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: bool) -> Report:
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        architectures = [str(name) for name in config.architectures or []]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{folder / 'config.json'}' cannot be read as a model's: {reason}") from None
@@ -193,7 +194,7 @@ def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: 
     report: Report = {
         "what": "target",
         "path": str(folder),
-        "architectures": list(config.architectures or []),
+        "architectures": architectures,
         "model_type": config.model_type,
         "hidden_size": getattr(text, "hidden_size", None),
         "layers": getattr(text, "num_hidden_layers", None),
