@@ -101,13 +101,21 @@ class Target:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
+        return cls.of(model.to(where), tokenizer, target_name(path))
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, name: str) -> Target:
+        """A target around a model that is in memory, where it is and in its dtype; runs the self-test.
+
+        tokenizer: None if neither stop strings nor chats are needed. Raises UserError if the model is not tree-capable.
+        """
         config = model.config.get_text_config()
         if (
             config._attn_implementation == "sdpa"
             and getattr(config, "num_key_value_heads", None) != config.num_attention_heads
         ):
             model.set_attn_implementation(GROUPED_ATTENTION)
-        target = cls(model.to(where), tokenizer, target_name(path))
+        target = cls(model, tokenizer, name)
         target.self_test()
         return target
 
@@ -335,7 +343,7 @@ def _check_folder(path: Path) -> None:
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids: set[int] = set()
-    sources = [tokenizer.eos_token_id, model.config.get_text_config().eos_token_id]
+    sources = [getattr(tokenizer, "eos_token_id", None), model.config.get_text_config().eos_token_id]
     if getattr(model, "generation_config", None) is not None:
         sources.append(model.generation_config.eos_token_id)
     for value in sources:

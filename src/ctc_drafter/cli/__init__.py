@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import run, serving, training  # noqa: F401  (they add their commands to the app)
+from . import folders, run, serving, training  # noqa: F401  (they add their commands to the app)
 from .options import app, fail
 
 
