@@ -46,6 +46,9 @@ hundred, with all its answers, was held out (of both parts' own data, so their h
 
 ## Drafters: held-out figures while training
 
+Both began as the drafters of the first part's target, trained for 1,000 steps each; these are the steps on the shipped target. `paper/` was
+given fewer of them than `ctc/`, so the two do not compare as methods.
+
 {drafters}
 
 `expected_accepted` is the drafter's own expectation of accepted labels (of {labels}) at a random place of a held-out answer.
