@@ -19,9 +19,8 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ctc_drafter.batch import Batch
+from ctc_drafter.bench.measure import first_gap
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import write_json
 from ctc_drafter.decoding import generate
@@ -67,17 +66,6 @@ def run(batch: Batch, prompts: list[list[int]], max_new_tokens: int) -> tuple[li
     }
 
 
-def gap(target: Target, ids: list[int], want: list[int], got: list[int]) -> float | None:
-    """How near to a tie the first difference is, in nat; None where one answer is the beginning of the other."""
-    same = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), None)
-    if same is None:
-        return None
-    with torch.inference_mode():
-        logits, _ = target.forward(torch.tensor([ids + want[:same]], device=target.device), use_cache=False)
-    log_probs = logits[0, -1].float().log_softmax(-1)
-    return abs(float(log_probs[want[same]] - log_probs[got[same]]))
-
-
 def measure(target: Target, drafter: Drafter, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every round, batch size and mode."""
     prompts = [
@@ -104,7 +92,7 @@ def measure(target: Target, drafter: Drafter, options: argparse.Namespace) -> li
                 answers, row = run(batches[mode], prompts, options.max_new_tokens)
                 different = [(i, a, b) for i, (a, b) in enumerate(zip(alone, answers)) if a != b]
                 row["identical"], row["answers"] = len(prompts) - len(different), len(prompts)
-                row["gaps"] = [gap(target, prompts[i], a, b) for i, a, b in different]
+                row["gaps"] = [first_gap(target, prompts[i], a, b) for i, a, b in different]
                 rows.append({"batch": size, "mode": mode, "round": round_, **row})
                 speed = row["tokens"] / row["seconds"]
                 print(

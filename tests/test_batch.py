@@ -528,3 +528,30 @@ def test_drafting_stops_where_the_clock_says_so(endless: Target) -> None:
     assert drafted_last(always_right, 0.01) == 20
     assert drafted_last(always_right, 10.0) == 0
     assert drafted_last(always_wrong, 0.01) <= 6  # a probe may fall into them
+
+
+def test_a_drafter_without_features_may_wait_among_others_that_read_them(target: Target, tmp_path: Path) -> None:
+    """Passes without drafts keep what a row's drafter will be shown; others' features do not belong to it."""
+    ctc = load_drafter(str(build_drafter(tmp_path / "d", target, "ctc")), target)
+    lookup = load_drafter("lookup", target)
+    ids = target.prompt_ids([{"role": "user", "content": TEXTS[0]}])
+    alone = [t for step in generate(target, NoDrafter(), ids, max_new_tokens=TOKENS) for t in step.tokens]
+    batch = Batch(target, ctc, rows=2, budget=BUDGET, adaptive=True)
+    answers: dict[int, list[int]] = {batch.add(ids, max_new_tokens=TOKENS): []}
+    answers[batch.add(ids, max_new_tokens=TOKENS, drafter=lookup)] = []
+    assert batch._pace is not None
+    with patch.object(batch._pace, "choose", side_effect=[0, 0, 0, *[BUDGET] * TOKENS]):
+        while len(batch):
+            for key, step in batch.step():
+                assert step.error is None
+                answers[key] += step.tokens
+    assert list(answers.values()) == [alone, alone]
+
+
+def test_after_an_interrupted_pass_the_batch_is_empty(target: Target) -> None:
+    batch = Batch(target, NoDrafter(), rows=2, budget=0)
+    batch.add([1, 2, 3], max_new_tokens=TOKENS)
+    batch.step()
+    with patch.object(Target, "score", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        batch.step()
+    assert len(batch) == 0 and batch.free == 2

@@ -53,6 +53,8 @@ def test_plain_equals_transformers(target: Target) -> None:
 def test_readme_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}
-    for code in re.findall(r"```python\n(.*?)```", readme, re.S):  # each goes on where the one before it ended
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(blocks) >= 2
+    for code in blocks:  # each goes on where the one before it ended
         exec(compile(code, "README.md", "exec"), names)
         assert capsys.readouterr().out.strip()

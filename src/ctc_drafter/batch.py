@@ -122,7 +122,8 @@ class Batch:
         """Advance every running row by one pass, then read the prompts of the added ones: a Step for each row.
 
         A row is gone with the Step that has a `finish`. What fails is told by a Step with the `error`: a row's own
-        drafter or prompt ends that row alone, a failure of the shared pass all that run.
+        drafter or prompt ends that row alone, a failure of the shared pass all that run, of rows that are drafted for
+        together all of those. After Ctrl-C during a pass the batch is empty.
         """
         steps = self._advance() if self._rows else []
         while self._waiting:
@@ -157,8 +158,12 @@ class Batch:
         began = self._clock()
         try:
             steps = self._loop.step(budget, Clock(self.target.device, False))
-        except Exception as error:
-            return [(key, Step.failed(error)) for key in self._rows]
+        except BaseException as error:
+            if isinstance(error, Exception):
+                return [(key, Step.failed(error)) for key in self._rows]
+            for key in list(self._rows):  # Ctrl-C in the middle of a pass: no row can go on from there
+                self._end(key)
+            raise
         if pace and len(self._loop.rows) == count:  # else a drafter failed
             pace.record(count, budget, sum(len(step.tokens) for _, step in steps), self._clock() - began)
         key_of = {row: key for key, row in self._rows.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class SlotCache(Cache):
             self.lengths[row], self._needs[row] = length, need
         most = max(self._needs)
         capacity = most if 2 * most <= self.capacity else self.capacity
-        self._resize(2 * last if 4 * last <= self._rows else self._rows, capacity)
+        with suppress(RuntimeError):  # without memory for a smaller copy it stays as large
+            self._resize(2 * last if 4 * last <= self._rows else self._rows, capacity)
         self._see(0, last)
 
     def _resize(self, rows: int, capacity: int) -> None:

@@ -105,6 +105,8 @@ class Row:
 
     def commit(self, features: torch.Tensor, chosen: torch.Tensor, offsets: list[int], tokens: list[int]) -> None:
         """Go on after the accepted path `offsets`: features (1, M+1, F * hidden_size) and chosen tokens (1, M+1)."""
+        if not self.drafter.feature_layers:
+            features = features[..., :0]  # other rows of the pass may have asked for some
         kept = torch.tensor(offsets, device=chosen.device)
         next_tokens = chosen.index_select(1, kept)
         if self.drafter.stateless:

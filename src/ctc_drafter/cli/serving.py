@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from typing import Annotated
 
@@ -85,6 +86,7 @@ def serve(
         drafter=next(iter(drafters)),
         key=key,
         limits=Limits(max_body=max_body, max_new_tokens=max_new_tokens),
+        local=key is None and ipaddress.ip_address(bound.getsockname()[0]).is_loopback,
     )
 
     def ready() -> None:

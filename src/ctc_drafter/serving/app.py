@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..errors import UserError
 from ..target import Target
 from .answers import Reply, Said
 from .errors import SCHEDULING, ApiError, add_handlers, of_scheduler
+from .hosts import LocalNames
 from .metrics import Clock, Metrics
 from .protocol import Body, ChatRequest, CompletionRequest, parse_body
 from .requests import jobs_of, read_call
@@ -29,7 +31,10 @@ from .schema import BODIES, openapi
 from .stream import Counting, EventStream
 
 PAGE = Path(__file__).parent / "page"
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "frame-ancestors 'none'"
+)
 PATHS = {"/", "/page.css", "/page.js", "/health", "/metrics", "/openapi.json", "/v1/models", *BODIES}
 Result = TypeVar("Result")
 
@@ -50,8 +55,18 @@ class Service:
     """What the routes share."""
 
     def __init__(
-        self, target: Target, scheduler: Scheduler, *, name: str, drafter: str, key: str | None, limits: Limits
+        self,
+        target: Target,
+        scheduler: Scheduler,
+        *,
+        name: str,
+        drafter: str,
+        key: str | None,
+        limits: Limits,
+        local: bool = False,
     ) -> None:
+        """`local`: only this machine reaches the server, so it answers to no name but localhost and addresses."""
+        self.local = local
         self.target, self.scheduler, self.limits = target, scheduler, limits
         self.name, self.drafter, self.key = name, drafter, key
         self.metrics = Metrics(scheduler)
@@ -117,6 +132,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_api(service))
     app.include_router(_pages(service))
     app.openapi = lambda: openapi(app, service.name)  # type: ignore[method-assign]
+    if service.local:
+        app.add_middleware(LocalNames)
     app.add_middleware(Counting, metrics=service.metrics, name=_label)
     return app
 
@@ -217,6 +234,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 content += part
                 if len(content) > limits.max_body:
                     raise too_large
+    except ClientDisconnect:
+        raise ApiError(400, "The client left before its body had arrived.", code="client_left") from None
     except TimeoutError:
         raise ApiError(408, "The body did not arrive in time.", code="request_timeout") from None
     return bytes(content)

@@ -40,6 +40,10 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+NOT_AGAIN = {"x-should-retry": "false"}
+"""Keeps OpenAI's clients from repeating by themselves what would only fail or take as long again."""
+
+
 def of_scheduler(error: Exception) -> ApiError:
     """What the scheduler's exceptions mean to a client."""
     wait = {"Retry-After": RETRY_AFTER}
@@ -49,10 +53,10 @@ def of_scheduler(error: Exception) -> ApiError:
     if isinstance(error, Draining):
         return ApiError(503, "The server is shutting down and takes nothing new.", code="draining", headers=wait)
     if isinstance(error, TimedOut):
-        return ApiError(
-            408, "The time limit of the server passed before the answer was complete.", code="request_timeout"
-        )
-    return ApiError(500, "The model failed to answer; the server's log says why.", code="model_failed")
+        message = "The time limit of the server passed before the answer was complete."
+        return ApiError(408, message, code="request_timeout", headers=NOT_AGAIN)
+    message = "The model failed to answer; the server's log says why."
+    return ApiError(500, message, code="model_failed", headers=NOT_AGAIN)
 
 
 SCHEDULING = (Busy, Draining, TimedOut, Failed)

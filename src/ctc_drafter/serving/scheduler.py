@@ -204,8 +204,18 @@ class Scheduler:
     # ------------------------------------------------------------ on the thread of the model
 
     def _work(self) -> None:
-        while self._ready():
-            self._advance()
+        try:
+            while self._ready():
+                self._advance()
+        except Exception:  # nobody may wait for a thread that is gone
+            log.exception("The thread of the model has ended")
+            with self._condition:
+                self._draining = self._closed = True
+                left = [*self._running, *self._waiting]
+                self._running.clear()
+                self._waiting.clear()
+            for run in left:
+                run.submission.put(Failed())
 
     def _ready(self) -> bool:
         """Drop what is over, fill free slots, and wait until something runs. False when closed."""
@@ -270,6 +280,8 @@ class Scheduler:
             self._batch.cancel(run.key)
             run.key = None
         if run.drafter is not None:
+            run.drafter.start(0)  # an idle twin remembers nothing
+            run.drafter.serves = None
             self._idle[run.job.drafter].append(run.drafter)
             run.drafter = None
         with self._condition:

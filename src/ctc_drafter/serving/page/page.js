@@ -170,7 +170,8 @@ async function ask(text) {
   if (!state.model) await connect();
   if (!state.model) return;
   $("welcome").hidden = true;
-  state.messages.push({ role: "user", content: text });
+  const messages = state.messages;
+  messages.push({ role: "user", content: text });
   const mode = document.querySelector("[name=mode]:checked").value;
   const kinds = { drafted: [state.model.drafter], plain: ["none"], both: ["none", state.model.drafter] }[mode];
   const answers = kinds.map((kind) => new Answer(kind));
@@ -182,6 +183,7 @@ async function ask(text) {
   await Promise.all(answers.map((answer) => fill(answer, state.running.signal)));
   state.running = null;
   $("send").textContent = "Send";
+  if (state.messages !== messages) return; // a new conversation has begun meanwhile
   const last = answers[answers.length - 1];
   if (last.text) state.messages.push({ role: "assistant", content: last.text });
   else state.messages.pop();
