@@ -60,8 +60,3 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(
             f"'{path}' could not be written ({error.strerror or error}); the earlier file is kept."
         ) from None
-
-
-def byte_size(count: int) -> str:
-    """A number of bytes as people say it."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

@@ -16,13 +16,12 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
-from .bench.report import number, size
 from .config import from_mapping
 from .drafters import DRAFTERS, EMBEDDED_DRAFTERS, TrainableDrafter
 from .drafters.base import load_trainable
 from .errors import UserError
-from .files import byte_size
 from .target import EMBEDDED, Target
+from .words import byte_size, number, size
 
 Report = dict[str, Any]
 LoadTarget = Callable[[str], Target]

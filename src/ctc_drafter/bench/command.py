@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..drafters import load_drafter
 from ..errors import UserError
 from ..target import Target
+from ..words import number
 from .measure import Contender, Result, Row, measure, totals
-from .report import number, print_report, report_console
+from .report import print_report, report_console
 from .results import check_output, document, write_json
 from .suites import load_prompts
 

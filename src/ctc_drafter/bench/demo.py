@@ -22,9 +22,9 @@ from ..drafters import Drafter, load_drafter
 from ..files import write_text
 from ..streaming import TextStream
 from ..target import Target
+from ..words import number
 from .measure import WARM_UP_TOKENS, Answer, Row, compare, encode, timed, totals
 from .prompts import Prompt
-from .report import number
 
 DRAFTED = "black on green"
 FRAME = 1 / 15  # seconds between two pictures

@@ -12,6 +12,7 @@ from typing import Any
 from ..decoding import PHASES
 from ..errors import UserError
 from ..files import write_text
+from ..words import number, percent, size
 from .compare import (
     Comparison,
     Entry,
@@ -24,7 +25,6 @@ from .compare import (
     target_text,
 )
 from .plots import FORMATS, Picture, check_plots, draw_all
-from .report import number, percent, size
 from .results import check_output
 
 REPORT = "report.md"

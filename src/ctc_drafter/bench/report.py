@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..decoding import PHASES
+from ..words import number, percent, size
 from .measure import Result
 
 
@@ -17,24 +18,6 @@ def report_console() -> Console:
     """A console on standard output, wide enough for the tables when that is a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=110)
-
-
-def number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    """`value` with `digits` decimals, or a dash where there is none."""
-    return "-" if value is None else f"{value:,.{digits}f}{unit}"
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    """A share of 1 in per cent, or a dash."""
-    return number(None if value is None else 100 * value, digits, "%")
-
-
-def size(parameters: int) -> str:
-    """A number of parameters as people say it."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            return f"{parameters / unit:.1f} {name}"
-    return str(parameters)
 
 
 def share(part: int | None, whole: int) -> str:

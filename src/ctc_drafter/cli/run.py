@@ -102,9 +102,9 @@ def generate(
     if not text.strip():
         raise UserError("The prompt is empty; give some text, or - to read it from standard input.")
     from ..bench.measure import Answer, encode, timed
-    from ..bench.report import number
     from ..decoding import generate as steps_of
     from ..streaming import TextStream
+    from ..words import number
 
     loaded = load_target(target, dtype, device, threads, trust_remote_code)
     chosen = load_drafter(drafter, loaded)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from ..acceptance import Sampling
 from ..bench.measure import Answer, timed
-from ..bench.report import number
 from ..decoding import generate
 from ..drafters import Drafter
 from ..errors import UserError
 from ..streaming import TextStream
 from ..target import Target
+from ..words import number
 
 HELP = "/reset begins anew, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
 

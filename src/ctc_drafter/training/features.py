@@ -29,8 +29,9 @@ from ..config import from_mapping
 from ..drafters import DRAFTERS
 from ..drafters.base import probe
 from ..errors import UserError
-from ..files import byte_size, write_text
+from ..files import write_text
 from ..target import Target
+from ..words import byte_size
 from .config import TrainConfig
 from .lock import locked
 from .problems import Sequence, read_sequences

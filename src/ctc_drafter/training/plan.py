@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ..files import byte_size
+from ..words import byte_size
 from .loop import Setup, Training
 from .problems import batch_of
 

@@ -1,0 +1,26 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """`value` with `digits` decimals, or a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share of 1 in per cent, or a dash."""
+    return number(None if value is None else 100 * value, digits, "%")
+
+
+def size(parameters: int) -> str:
+    """A number of parameters as people say it."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= unit:
+            return f"{parameters / unit:.1f} {name}"
+    return str(parameters)
+
+
+def byte_size(count: int) -> str:
+    """A number of bytes as people say it."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
