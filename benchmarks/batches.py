@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ctc_drafter.batch import Batch
-from ctc_drafter.bench.measure import first_gap
+from ctc_drafter.bench.measure import first_gap, tau_of
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import write_json
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.environment import machine, versions
 from ctc_drafter.target import Target
+from ctc_drafter.words import number
 
 MODES = ("plain", "drafted", "adaptive")
 
@@ -61,7 +62,7 @@ def run(batch: Batch, prompts: list[list[int]], max_new_tokens: int) -> tuple[li
         "tokens": total,
         "full_seconds": full_seconds,
         "full_tokens": full_tokens,
-        "tau": (total - len(prompts)) / max(1, row_passes),
+        "tau": tau_of(total, len(prompts), row_passes),
         "passes_by_budget": dict(sorted(passes.items())),
     }
 
@@ -96,7 +97,7 @@ def measure(target: Target, drafter: Drafter, options: argparse.Namespace) -> li
                 rows.append({"batch": size, "mode": mode, "round": round_, **row})
                 speed = row["tokens"] / row["seconds"]
                 print(
-                    f"batch {size:2}  {mode:8}  {speed:7.1f} tok/s  tau {row['tau']:.2f}  "
+                    f"batch {size:2}  {mode:8}  {speed:7.1f} tok/s  tau {number(row['tau'])}  "
                     f"{row['identical']} of {row['answers']} identical  {row['passes_by_budget']}",
                     flush=True,
                 )

@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ctc_drafter.bench.measure import tau_of
 from ctc_drafter.bench.prompts import demo_prompts, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.environment import machine, versions
@@ -154,7 +155,7 @@ def load(server: Server, prompts: list[str], alone: list[Row], arguments: argpar
         "errors": len(rows) - len(good),
         "wrong": sum(not row["identical"] for row in good),
         "tokens_per_second": sum(row["tokens"] for row in good) / seconds,
-        "tau": sum(row["tokens"] - 1 for row in good) / max(1, sum(row["steps"] for row in good)),
+        "tau": tau_of(sum(row["tokens"] for row in good), len(good), sum(row["steps"] for row in good)),
         "first_token_seconds": percentiles([row["first"] for row in good]),
         "per_token_seconds": percentiles([row["per_token"] for row in good if row["per_token"] is not None]),
         "memory_mb": {"first": sizes[0], "peak": max(sizes), "last": sizes[-1]},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from random import Random
+from unittest.mock import patch
 
 import pytest
 
@@ -55,10 +58,21 @@ def test_more_jobs_than_slots_all_get_their_own_answers(target: Target, drafter:
         answers = [r[0] for r in results[:3]] + [results[3][i] for i in range(3)]
         assert answers == want
         assert (made.stats().running, made.stats().waiting) == (0, 0)
-        assert len(made._idle[drafter.name]) <= 2  # a twin for each slot, used again
+        gc.collect()
+        assert len(twins) <= 2 < born  # what a job remembered is gone with it
+
+    twins: weakref.WeakSet[Drafter] = weakref.WeakSet()
+    born, real = 0, Drafter.twin
+
+    def counted(self: Drafter) -> Drafter:
+        nonlocal born
+        born += 1
+        twin = real(self)
+        twins.add(twin)
+        return twin
 
     want = [tokens_of(target, drafter, chat_ids(target, QUESTIONS[i]), max_new_tokens=30) for i in range(6)]
-    with scheduler(target, drafter.twin(), slots=2, queue=4) as made:
+    with patch.object(Drafter, "twin", counted), scheduler(target, drafter, slots=2, queue=4) as made:
         trial(test)
 
 

@@ -66,7 +66,7 @@ class Answer:
     @property
     def tau(self) -> float | None:
         """Tokens per verification step; None before the first."""
-        return _ratio(len(self.tokens) - 1, len(self.accepted))
+        return tau_of(len(self.tokens), 1, len(self.accepted))
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -238,7 +238,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Sums and ratios of sums over `rows`; a ratio without a denominator is None."""
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     steps = sum(row["steps"] for row in rows)
-    tau = _ratio(tokens - len(rows), steps)
+    tau = tau_of(tokens, len(rows), steps)
     rate = _ratio(tokens, seconds)
     plain_rate = _ratio(sum(row["plain_tokens"] for row in rows), sum(row["plain_seconds"] for row in rows))
     speedup = _ratio(rate, plain_rate)
@@ -260,6 +260,11 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
         "looped": sum(row["looped"] for row in rows),
         "split": split([row["parts"] for row in rows], steps),
     }
+
+
+def tau_of(tokens: int, answers: int, steps: int) -> float | None:
+    """Tokens per verification step, the first of each answer not counted: it comes from the prefill. None: no step."""
+    return _ratio(tokens - answers, steps)
 
 
 def acceptance_at(accepted: Sequence[int]) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .. import __version__
-from ..bench.measure import Answer
+from ..bench.measure import Answer, tau_of
 from ..decoding import Step
 from ..target import Target
 from .scheduler import Submission
@@ -118,12 +118,12 @@ class Reply:
         prompt = sum(len(ids) for ids in self.call.prompts)
         written = sum(len(answer.tokens) for answer in answers)
         steps = sum(len(answer.accepted) for answer in answers)
-        later = sum(max(len(answer.tokens) - 1, 0) for answer in answers)
+        tau = tau_of(written, sum(bool(answer.tokens) for answer in answers), steps)
         draft = {
             "drafter": self.call.drafter,
             "steps": steps,
             "accepted": sum(sum(answer.accepted) for answer in answers),
-            "tau": round(later / steps, 4) if steps else None,
+            "tau": None if tau is None else round(tau, 4),
         }
         return {
             "prompt_tokens": prompt,

@@ -78,7 +78,6 @@ class _Run:
         self.cancelled = False
         self.key: int | None = None
         """Of its row in the batch."""
-        self.drafter: Drafter | None = None
 
 
 class Submission:
@@ -147,7 +146,6 @@ class Scheduler:
         self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
-        self._idle: dict[str, list[Drafter]] = {name: [drafter] for name, drafter in drafters.items()}
         self._condition = threading.Condition()
         self._waiting: deque[_Run] = deque()
         self._running: deque[_Run] = deque()
@@ -256,14 +254,13 @@ class Scheduler:
             self._tell(run_of[key], step)
 
     def _begin(self, run: _Run) -> None:
-        job, idle = run.job, self._idle[run.job.drafter]
-        run.drafter = idle.pop() if idle else self._drafters[job.drafter].twin()
+        job = run.job
         run.key = self._batch.add(
             job.prompt_ids,
             max_new_tokens=job.max_new_tokens,
             sampling=job.sampling,
             stop=job.stop,
-            drafter=run.drafter,
+            drafter=self._drafters[job.drafter].twin(),
         )
 
     def _tell(self, run: _Run, step: Step) -> None:
@@ -279,11 +276,6 @@ class Scheduler:
         if run.key is not None:
             self._batch.cancel(run.key)
             run.key = None
-        if run.drafter is not None:
-            run.drafter.start(0)  # an idle twin remembers nothing
-            run.drafter.serves = None
-            self._idle[run.job.drafter].append(run.drafter)
-            run.drafter = None
         with self._condition:
             if run in self._running:
                 self._running.remove(run)
