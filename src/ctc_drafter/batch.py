@@ -58,8 +58,6 @@ class Batch:
         self._waiting: dict[int, tuple[Row, list[int]]] = {}
         self._keys = 0
         self._drafter = drafter
-        self._idle: list[Drafter] = []  # twins of it
-        self._lent: set[Row] = set()  # the rows that they serve
         self._clock = clock
 
     @property
@@ -108,12 +106,8 @@ class Batch:
                 f"batch's reads {list(layers)}; all rows of a batch must read the same."
             )
         self._keys += 1
-        mine = drafter
-        if mine is None:
-            mine = self._idle.pop() if self._idle else self._drafter.twin()
+        mine = self._drafter.twin() if drafter is None else drafter
         row = Row(self.target, mine, sampling or Sampling(), ending)
-        if drafter is None:
-            self._lent.add(row)
         self._waiting[self._keys] = row, list(prompt_ids)
         return self._keys
 
@@ -170,14 +164,9 @@ class Batch:
         return [(key_of[row], step) for row, step in steps]
 
     def _end(self, key: int) -> None:
-        """Free the row's place; a twin is kept for another row, without what it remembers."""
+        """Free the row's place; a twin that served it goes with the row."""
         row = self._rows.pop(key)
         self._loop.leave(row)
-        if row in self._lent:
-            self._lent.remove(row)
-            row.drafter.start(0)
-            row.drafter.serves = None
-            self._idle.append(row.drafter)
 
 
 def _candidates(budget: int, rows: int) -> list[int]:
