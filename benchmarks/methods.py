@@ -7,7 +7,8 @@
 `table` is Table 1 of the paper: lookup, medusa, hydra, eagle, the paper's drafter and ours, each at its own size.
 `ablation` is {heads, attention} x {cross-entropy, merge, label context, label context with the prefix objective} x
 {every slot a token, collapsed paths, exact prefix tree}, where the combination exists. A killed run resumes where it
-stopped: a finished drafter is kept, a half-trained one is trained on. Results: OUT-<method>-<budget>.json;
+stopped: a finished drafter is kept, a half-trained one is trained on. Each step of a method takes the target's features
+of the same sequences at the same number of anchors. Results: OUT-<method>-<budget>.json;
 `ctc-drafter report OUT-*.json` makes the page. With several seeds each method is trained once for each.
 """
 
@@ -102,6 +103,7 @@ def train(name: str, kind: str, config: dict[str, Any], seed: int, options: argp
             "decay": options.steps * 2 // 5,
             "dtype": options.dtype,
             "seed": seed,
+            "features": options.features,
         }
         path = output.with_suffix(".yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +112,33 @@ def train(name: str, kind: str, config: dict[str, Any], seed: int, options: argp
     return output
 
 
+def cache_features(options: argparse.Namespace) -> None:
+    """Let the target run over the data once, for all methods and seeds: the layers that any of them reads."""
+    recipe = {
+        "target": options.target,
+        "data": [options.data],
+        "output": str(options.work / "none"),
+        "drafter": {"feature_layers": LAYERS},
+        "dtype": options.dtype,
+    }
+    path = options.work / "features.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command("cache-features", "--config", path, "--output", options.features)
+
+
 def main() -> None:
     options = _arguments()
     ablation = options.kind == "ablation"
+    if options.features:
+        cache_features(options)
     folders: list[Path] = []
     for seed in options.seeds:
         for name, (kind, config) in trained(options.kind).items():
             folders += searched(train(name, kind, config, seed, options), kind, ablation)
+    if options.train_only:
+        print(f"trained  {options.work}; the same command without --train-only measures", flush=True)
+        return
     drafters = [*([] if ablation else ["lookup"]), *folders]
     command(
         "bench",
@@ -136,12 +158,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval", type=Path, required=True, help=f"Folder with {', '.join(FILES)}.")
     parser.add_argument("--work", type=Path, required=True, help="Folder of the trained drafters.")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument(
+        "--features", help="Keep the target's features here: it runs over the data once."
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Draft only so many tokens, all methods alike.")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--train-only", action="store_true", help="Leave measuring to a later run, on a quiet machine.")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
 
