@@ -158,9 +158,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eval", type=Path, required=True, help=f"Folder with {', '.join(FILES)}.")
     parser.add_argument("--work", type=Path, required=True, help="Folder of the trained drafters.")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument(
-        "--features", help="Keep the target's features here: it runs over the data once."
-    )
+    parser.add_argument("--features", help="Keep the target's features here: it runs over the data once.")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])
