@@ -67,6 +67,13 @@ class PackedLinears:
         self._rows.append(rows)
 
 
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """A frozen linear layer that uses `weight` (out, in) as it is."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
 def _packable(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu":
         return False

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
+from ..packing import linear_of
+from .norm import fold_norm, unit_norm
 
 
 def fit_shape(config: Any, width: int) -> None:
@@ -54,6 +56,28 @@ class DraftLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(width, eps)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
+        self._ready: tuple[nn.Linear, ...] = ()
+
+    def prepare(self) -> list[nn.Linear]:
+        """Join q, k, v in one product, fold the norms, for `heads_of` and `update`; the linear layers of these."""
+        qkv = fold_norm(torch.cat([self.q.weight, self.kv.weight]), self.norm.weight)
+        self._ready = linear_of(qkv), linear_of(fold_norm(self.gate_up.weight, self.mlp_norm.weight))
+        return [*self._ready, self.out, self.down]
+
+    def heads_of(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (1, n, width) -> queries (1, heads, n, dim), keys and values (1, kv_heads, n, dim), turned to positions."""
+        every = self._ready[0](unit_norm(x)).unflatten(-1, (-1, self.dim)).transpose(1, 2)
+        turned = rotate(every[:, : -self.kv_heads], cos, sin)
+        return turned[:, : self.heads], turned[:, self.heads :], every[:, -self.kv_heads :]
+
+    def update(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """`finish` with what `prepare` has folded."""
+        x = x + self.out(attended)
+        gate, up = self._ready[1](unit_norm(x)).chunk(2, -1)
+        out: torch.Tensor = x + self.down(F.silu(gate) * up)
+        return out
 
     def queries(self, normed: torch.Tensor) -> torch.Tensor:
         """(B, n, width) -> (B, heads, n, dim)."""
@@ -99,15 +123,38 @@ class DraftModule(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self._keys_values: torch.Tensor = torch.empty(0)
         self._length = 0
+        self._ready: tuple[nn.Linear, ...] = ()
 
     def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """features (B, n, F * width), embeddings of the next tokens (B, n, width) -> (B, n, width)."""
-        parts = torch.cat([features, embedded], -1).unflatten(-1, (self.features + 1, -1))
-        normed = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * F.pad(self.feature_norm, (0, 0, 0, 1), value=1.0)
+        parts = self._parts(features, embedded)
+        normed = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * self._gain()
         out: torch.Tensor = self.fuse(normed.flatten(-2))
         return out
 
+    def _parts(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """(B, n, F + 1, width)."""
+        return torch.cat([features, embedded], -1).unflatten(-1, (self.features + 1, -1))
+
+    def _gain(self) -> torch.Tensor:
+        """Weight of each feature's norm, and 1 for that of the token: (F + 1, width)."""
+        return F.pad(self.feature_norm, (0, 0, 0, 1), value=1.0)
+
     # ------------------------------------------------------------ inference
+
+    def prepare(self) -> list[nn.Linear]:
+        """Fold norms into the products after them, for the methods below; returns the linear layers that these use."""
+        self._ready = (linear_of(fold_norm(self.fuse.weight, self._gain())),)
+        return [*self._ready, *(linear for layer in self.layers for linear in layer.prepare())]
+
+    def read(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """`context` with what `prepare` has folded."""
+        out: torch.Tensor = self._ready[0](unit_norm(self._parts(features, embedded)).flatten(-2))
+        return out
+
+    def fold(self, head: torch.Tensor) -> torch.Tensor:
+        """The weight (C, width) of an LM head that reads what `step` and `together` return."""
+        return fold_norm(head, self.norm.weight)
 
     def start(self, capacity: int, like: torch.Tensor) -> None:
         """Make an empty key/value cache of `capacity` pairs in the dtype and on the device of `like`."""
@@ -117,24 +164,22 @@ class DraftModule(nn.Module):
         self._length = 0
 
     def step(self, context: torch.Tensor) -> torch.Tensor:
-        """Append context (1, n, width) to the cache and run the slots after it: (1, N, width)."""
+        """Append context (1, n, width) to the cache and run the slots after it: (1, N, width), for a head of `fold`."""
         start, n = self._length, context.shape[1]
         end = start + n + self.slots
         x = context[:, -1:] + self.slot_embedding
         cos, sin = self.cos[start + 1 : end + 1], self.sin[start + 1 : end + 1]
         for layer, (k_all, v_all) in zip(self.layers, self._keys_values):
-            normed = layer.norm(torch.cat([context, x], 1))
-            k, v = layer.keys_values(normed)
-            k_all[:, :, start:end] = rotate(k, cos, sin)
+            q, k, v = layer.heads_of(torch.cat([context, x], 1), cos, sin)
+            k_all[:, :, start:end] = k
             v_all[:, :, start:end] = v
-            q = rotate(layer.queries(normed[:, n:]), cos[n:], sin[n:])
+            q = q[:, :, n:]
             # The queries of a group stand one after another over the same keys, so that no key is copied.
             grouped = q.reshape(1, layer.kv_heads, -1, layer.dim)
             attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end])
-            x = layer.finish(x, attended.reshape(q.shape).transpose(1, 2).flatten(-2))
+            x = layer.update(x, attended.reshape(q.shape).transpose(1, 2).flatten(-2))
         self._length = start + n
-        out: torch.Tensor = self.norm(x)
-        return out
+        return unit_norm(x)
 
     def together(self, modules: Sequence[DraftModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """`step` of several modules that share weights: (B, N, width).
@@ -149,21 +194,18 @@ class DraftModule(nn.Module):
         cos, sin = self.cos[positions], self.sin[positions]
         x = context[0, torch.tensor(counts, device=device).cumsum(0) - 1][:, None] + self.slot_embedding
         for index, layer in enumerate(self.layers):
-            normed = layer.norm(torch.cat([context, x.flatten(0, 1)[None]], 1))
-            k, v = layer.keys_values(normed)
-            k, q = rotate(k, cos, sin), rotate(layer.queries(normed[:, size:]), cos[size:], sin[size:])
+            q, k, v = layer.heads_of(torch.cat([context, x.flatten(0, 1)[None]], 1), cos, sin)
             pieces = zip(
                 modules,
                 *(t[:, :, :size].split(list(counts), 2) for t in (k, v)),
                 *(t[:, :, size:].split(slots, 2) for t in (k, v)),
-                q.split(slots, 2),
+                q[:, :, size:].split(slots, 2),
             )
             attended = torch.cat([module._attend_own(index, *piece) for module, *piece in pieces])
-            x = layer.finish(x, attended)
+            x = layer.update(x, attended)
         for module, end in zip(modules, ends):
             module._length = end
-        out: torch.Tensor = self.norm(x)
-        return out
+        return unit_norm(x)
 
     def _attend_own(
         self,

@@ -224,13 +224,6 @@ class TrainableDrafter(Drafter):
         self._index_kept()
 
 
-def linear_of(weight: torch.Tensor) -> nn.Linear:
-    """A frozen linear layer that uses `weight` (out, in) as it is."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
 def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     weight = weight.detach().to("cpu").contiguous()
     return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..lattice.loss import ctc_loss
-from ..packing import PackedLinears
+from ..packing import PackedLinears, linear_of
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftLayer, fit_shape, rope_table, rotate
-from .base import IGNORE, TrainableDrafter, linear_of, register
+from .base import IGNORE, TrainableDrafter, register
 from .rollout import grow
 from .slots import expected_acceptance
 
@@ -94,6 +94,10 @@ class EagleModule(nn.Module):
 
     # ------------------------------------------------------------ inference
 
+    def prepare(self) -> list[nn.Linear]:
+        """Prepare the layer; returns the linear layers that the methods below use."""
+        return [self.fuse, *self.layers[0].prepare()]
+
     def start(self, capacity: int, drafted: int, like: torch.Tensor) -> None:
         """Make an empty key/value cache of `capacity` pairs and `drafted` nodes, of the dtype and device of `like`."""
         layer = self.layers[0]
@@ -134,17 +138,16 @@ class EagleModule(nn.Module):
         """Write pairs (1, n, width) at `begin` of the cache; the last `asking` of them attend to all under `mask`."""
         layer, end = self.layers[0], begin + pairs.shape[1]
         k_all, v_all = self._keys_values
-        normed = layer.norm(pairs)
-        k, v = layer.keys_values(normed)
-        k_all[:, :, begin:end] = rotate(k, cos, sin)
+        q, k, v = layer.heads_of(pairs, cos, sin)
+        k_all[:, :, begin:end] = k
         v_all[:, :, begin:end] = v
-        q = rotate(layer.queries(normed[:, -asking:]), cos[-asking:], sin[-asking:])
+        q = q[:, :, -asking:]
         # The queries of a group stand one after another over the same keys, so that no key is copied.
         share = layer.heads // layer.kv_heads
         grouped = q.reshape(1, layer.kv_heads, share * asking, layer.dim)
         tiled = None if mask is None else mask.repeat(1, share, 1)[:, None]
         attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end], attn_mask=tiled)
-        out: torch.Tensor = layer.finish(pairs[:, -asking:], attended.reshape(q.shape).transpose(1, 2).flatten(-2))
+        out: torch.Tensor = layer.update(pairs[:, -asking:], attended.reshape(q.shape).transpose(1, 2).flatten(-2))
         return out
 
     # ------------------------------------------------------------ training
@@ -240,7 +243,7 @@ class EagleDrafter(TrainableDrafter):
     def prepare(self) -> None:
         super().prepare()
         self._ready = (linear_of(self.kept_head()),)
-        packed = PackedLinears([*self._ready, *(m for m in self.modules() if type(m) is nn.Linear)])
+        packed = PackedLinears([*self._ready, *self.module.prepare()])
         packed.prepare(self.config.beam)
 
     def start(self, capacity: int) -> None:

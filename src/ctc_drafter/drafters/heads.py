@@ -26,6 +26,18 @@ class HeadsModule(nn.Module):
         """The features (B, n, width) themselves; the next tokens are not seen."""
         return features
 
+    def prepare(self) -> list[nn.Linear]:
+        """Its linear layers."""
+        return [self.blocks]
+
+    def read(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """`context`."""
+        return self.context(features, embedded)
+
+    def fold(self, head: torch.Tensor) -> torch.Tensor:
+        """The LM head itself."""
+        return head
+
     def start(self, capacity: int, like: torch.Tensor) -> None:
         """There is no cache."""
 

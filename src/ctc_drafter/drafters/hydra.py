@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..lattice.loss import prefix_objective
-from ..packing import PackedLinears
+from ..packing import PackedLinears, linear_of
 from ..target import LAST, Target
 from ..tree import DraftTree
-from .base import TrainableDrafter, linear_of, register
+from .base import TrainableDrafter, register
 from .rollout import grow
 from .slots import expected_acceptance
 

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..lattice.pool import LabelContext
 from ..lattice.prefix import best_tree
-from ..packing import PATIENCE, PackedLinears
+from ..packing import PATIENCE, PackedLinears, linear_of
 from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule, fit_shape
-from .base import TrainableDrafter, linear_of
+from .base import TrainableDrafter
 from .heads import HeadsModule
 
 MAX_LOGITS = 2**27
@@ -132,7 +132,7 @@ class SlotDrafter(TrainableDrafter):
     @torch.no_grad()
     def prepare(self) -> None:
         super().prepare()
-        head = linear_of(self.head_rows())
+        head = linear_of(self.module.fold(self.head_rows()))
         self._head = (head,)
         if self.has_context:
             keys = self._context_key(torch.arange(self.target.vocab_size, device=self.target.device))
@@ -140,7 +140,7 @@ class SlotDrafter(TrainableDrafter):
             if self.target.device.type == "cpu":
                 keys, values = keys.float(), values.float()  # the search on the host knows no bfloat16
             self._tables = (keys, keys[self.kept] if self.config.vocabulary else keys, values)
-        packed = PackedLinears([head, *(m for m in self.module.modules() if type(m) is nn.Linear)])
+        packed = PackedLinears([head, *self.module.prepare()])
         packed.prepare(self.config.slots)
         self._packed = (packed,)
 
@@ -153,7 +153,7 @@ class SlotDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
-        context = self.module.context(features, self.target.embedding(next_tokens))
+        context = self.module.read(features, self.target.embedding(next_tokens))
         return self._logits(self.module.step(context)), next_tokens[:, -1:]
 
     def draft_together(
@@ -162,7 +162,7 @@ class SlotDrafter(TrainableDrafter):
         features, tokens = (torch.cat(parts, 1) for parts in zip(*pairs))
         counts = [next_tokens.shape[1] for _, next_tokens in pairs]
         self._packed[0].prepare(len(twins) * self.config.slots, after=PATIENCE)
-        context = self.module.context(features, self.target.embedding(tokens))
+        context = self.module.read(features, self.target.embedding(tokens))
         logits = self._logits(self.module.together([twin.module for twin in twins], context, counts))
         return [(row, next_tokens[:, -1:]) for row, (_, next_tokens) in zip(logits.split(1), pairs)]
 

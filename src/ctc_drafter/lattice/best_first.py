@@ -155,9 +155,10 @@ def _packed(nodes: list[list[_Node]], pools: list[list[int]], budget: int, devic
         [[pool[label] if p > -math.inf else 0 for label, _, _, p in row], [n[1] for n in row], [n[2] for n in row]]
         for row, pool in zip(nodes, pools)
     ]
-    packed = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 3, budget)
-    log_probs = torch.tensor([[node[3] for node in row] for row in nodes], device=device).view(-1, budget)
-    return DraftTree(packed[:, 0], packed[:, 1], packed[:, 2], log_probs)
+    # By way of numpy, which takes lists of lists in a fraction of the time.
+    packed = torch.from_numpy(np.array(rows, dtype=np.int64)).to(device).view(-1, 3, budget)
+    log_probs = torch.from_numpy(np.array([[n[3] for n in row] for row in nodes], dtype=np.float32)).to(device)
+    return DraftTree(packed[:, 0], packed[:, 1], packed[:, 2], log_probs.view(-1, budget))
 
 
 def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
