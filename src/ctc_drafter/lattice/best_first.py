@@ -27,7 +27,8 @@ class _Extensions:
         blank, self._weight = row.blank, None
         if row.key is not None:
             bias = row.values @ row.key(last)
-            self._weight = np.exp(np.minimum(np.maximum(bias, -MAX_BIAS), MAX_BIAS))
+            np.minimum(np.maximum(bias, -MAX_BIAS, out=bias), MAX_BIAS, out=bias)
+            self._weight = np.exp(bias, out=bias)
             normalizer = row.probs @ self._weight
             blank = blank * self._weight[row.size] / normalizer
         repeat = row.labels[:, last].tolist() if row.merge and last is not None else None
@@ -109,7 +110,7 @@ def best_first(lattice: Lattice, budget: int, max_depth: int | None = None) -> D
     """
     levels = lattice.logits.shape[1] if max_depth is None else max_depth
     nodes = [_best_nodes(_Row.of(lattice, i), budget, levels) for i in range(len(lattice.pool))]
-    return _packed(nodes, lattice.pool.tolist(), budget, lattice.pool.device)
+    return _packed(nodes, lattice.pool.cpu().numpy(), lattice.pool.device)
 
 
 def best_first_of_slots(
@@ -137,28 +138,31 @@ def best_first_of_slots(
     key = values = None
     if context is not None:
         keys, root = context.keys.numpy(), context.root[0].numpy()
-        values = np.zeros((size + 2, len(root)), dtype=root.dtype)
+        values = np.empty((size + 2, len(root)), dtype=root.dtype)
         np.take(context.values.numpy(), pool, axis=0, out=values[:size])
         values[size] = context.values[-1].numpy()
+        values[size + 1] = 0
 
         def key(last: int | None) -> Any:
             return root if last is None else keys[pool[last]]
 
     levels = len(every) if max_depth is None else max_depth
     nodes = _best_nodes(_Row(probs, key, values, merge), budget, levels)
-    tokens = pool if ids is None else ids.numpy()[pool]
-    return _packed([nodes], [tokens.tolist()], budget, slot_logits.device)
+    return _packed([nodes], (pool if ids is None else ids.numpy()[pool])[None], slot_logits.device)
 
 
-def _packed(nodes: list[list[_Node]], pools: list[list[int]], budget: int, device: torch.device) -> DraftTree:
-    rows = [
-        [[pool[label] if p > -math.inf else 0 for label, _, _, p in row], [n[1] for n in row], [n[2] for n in row]]
-        for row, pool in zip(nodes, pools)
-    ]
-    # By way of numpy, which takes lists of lists in a fraction of the time.
-    packed = torch.from_numpy(np.array(rows, dtype=np.int64)).to(device).view(-1, 3, budget)
-    log_probs = torch.from_numpy(np.array([[n[3] for n in row] for row in nodes], dtype=np.float32)).to(device)
-    return DraftTree(packed[:, 0], packed[:, 1], packed[:, 2], log_probs.view(-1, budget))
+def _packed(nodes: list[list[_Node]], pools: Any, device: torch.device) -> DraftTree:
+    """The nodes of B rows as a tree; pools (B, M): the tokens of the labels."""
+    rows: list[Any] = []
+    log_probs: list[Any] = []
+    for row, pool in zip(nodes, pools):
+        labels, above, levels, scores = zip(*row)
+        found = zip(pool.take(labels).tolist(), scores)
+        rows.append([[token if p > -math.inf else 0 for token, p in found], above, levels])
+        log_probs.append(scores)
+    # By way of numpy, which takes lists in a fraction of the time.
+    tokens, parents, depths = torch.from_numpy(np.array(rows, dtype=np.int64)).to(device).unbind(1)
+    return DraftTree(tokens, parents, depths, torch.from_numpy(np.array(log_probs, dtype=np.float32)).to(device))
 
 
 def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
