@@ -27,17 +27,19 @@ def fit_shape(config: Any, width: int) -> None:
 
 
 def rope_table(positions: int, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (positions, dim), of rotary position embedding (Su et al. 2021), half-rotation layout."""
+    """cos and sin, each (positions, dim), of rotary position embedding (Su et al. 2021), half-rotation layout.
+
+    The sign of the rotation is in the first half of sin, so that `rotate` need not negate.
+    """
     frequency = theta ** (-torch.arange(0, dim, 2).float() / dim)
     angle = torch.outer(torch.arange(positions).float(), frequency)
-    angle = torch.cat([angle, angle], -1)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary embedding to x (..., dim) with cos, sin broadcastable to it."""
+    """Apply rotary embedding to x (..., dim) with cos, sin of `rope_table`, broadcastable to it."""
     half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+    return torch.addcmul(x * cos, torch.cat([x[..., half:], x[..., :half]], -1), sin)
 
 
 class DraftLayer(nn.Module):
