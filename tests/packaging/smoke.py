@@ -20,6 +20,7 @@ QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 5 more. How m
 def run(*arguments: object) -> str:
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+    assert "Warning" not in done.stderr, done.stderr  # such as of a name that a new version has given up
     return done.stdout
 
 
