@@ -91,9 +91,7 @@ wheel: $(TOOLS)/.installed
 	rm -rf dist
 	$(TOOLS)/bin/python -m build --installer pip
 
-dist: ; $(MAKE) wheel
-
-test-wheel: | dist
+test-wheel: wheel
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --extras
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py
 
@@ -101,7 +99,7 @@ test-wheel: | dist
 TORCH_LOW ?= 2.13.0
 TORCH_HIGH ?= 2.13.0
 TRANSFORMERS_HIGH ?= 5.24.0
-bounds: | dist
+bounds: wheel
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --lowest --pin torch==$(TORCH_LOW)
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --pin torch==$(TORCH_HIGH) --pin transformers==$(TRANSFORMERS_HIGH)
 

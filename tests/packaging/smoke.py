@@ -20,7 +20,8 @@ QUESTION = [{"role": "user", "content": "Tom has 3 apples and buys 5 more. How m
 def run(*arguments: object) -> str:
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
-    assert "Warning" not in done.stderr, done.stderr  # such as of a name that a new version has given up
+    given_up = [line for line in done.stderr.splitlines() if "FutureWarning" in line or "DeprecationWarning" in line]
+    assert not given_up, f"{arguments}: a new version has given up a name: {given_up}"
     return done.stdout
 
 
