@@ -95,12 +95,11 @@ test-wheel: wheel
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --extras
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py
 
-# Both ends of what pyproject.toml allows. TORCH_LOW and TORCH_HIGH: CPU builds that the index has.
-TORCH_LOW ?= 2.13.0
+# Both ends of what pyproject.toml allows, as far as the index has CPU builds of torch.
 TORCH_HIGH ?= 2.13.0
 TRANSFORMERS_HIGH ?= 5.24.0
 bounds: wheel
-	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --lowest --pin torch==$(TORCH_LOW)
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --lowest
 	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --pin torch==$(TORCH_HIGH) --pin transformers==$(TRANSFORMERS_HIGH)
 
 audit: $(TOOLS)/.installed

@@ -121,7 +121,7 @@ class Reading:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=1500 if block.is_slow else 280,
+            timeout=2400 if block.is_slow else 280,
         )
         assert done.returncode == 0, f"{block}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -174,7 +174,7 @@ def test_blocks_of_a_page(page: Path, reading: Reading) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", SLOW, ids=lambda page: page.stem)
 def test_blocks_of_a_page_with_those_that_take_minutes(page: Path, reading: Reading) -> None:
     for block in blocks_of(page):
