@@ -2,6 +2,10 @@
 # make lint    ruff                   make type    mypy
 # make bench   measure the README's figures again (an hour)
 # make embedded    train the shipped target and drafters again (hours)
+# make docs    build the documentation into site/ (make docs-serve: and watch)
+# make wheel   build the wheel and the source distribution into dist/
+# make test-wheel    install that wheel into a bare environment and try it (make bounds: with the oldest and newest versions)
+# make audit, make sbom    known weaknesses of what is installed, and the list of it
 # ARGS go to the command, e.g. make demo ARGS="--limit 2"; PYTHON is only used to create the virtual environment.
 
 PYTHON ?= python3
@@ -14,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint type check bench serving fuzz embedded clean
+.PHONY: demo test test-all lint type check bench serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -71,6 +75,47 @@ fuzz: $(STAMP)
 	$(PIP) 'schemathesis>=4'
 	PYTHON=$(BIN)/python benchmarks/fuzz_server.sh $(ARGS)
 
+# The site. Its tools, and those of a release, have an environment of their own.
+TOOLS ?= .venv-docs
+docs: $(TOOLS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs build --strict $(ARGS)
+
+docs-serve: $(TOOLS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(TOOLS)/bin/mkdocs serve $(ARGS)
+
+# Pictures of the pages, drawn by the package's own mathematics.
+pictures: $(STAMP)
+	$(BIN)/python docs/pictures.py
+
+wheel: $(TOOLS)/.installed
+	rm -rf dist
+	$(TOOLS)/bin/python -m build --installer pip
+
+test-wheel: wheel
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --extras
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py
+
+# Both ends of what pyproject.toml allows, as far as the index has CPU builds of torch.
+TORCH_HIGH ?= 2.13.0
+TRANSFORMERS_HIGH ?= 5.24.0
+bounds: wheel
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --lowest
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/packaging/bare.py --pin torch==$(TORCH_HIGH) --pin transformers==$(TRANSFORMERS_HIGH)
+
+audit: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict $(ARGS)
+
+# What the environment of make holds, as CycloneDX.
+sbom: $(TOOLS)/.installed $(STAMP)
+	@mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible --output-file dist/ctc-drafter.cdx.json
+
+$(TOOLS)/.installed: docs/requirements.txt constraints.txt
+	@test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	@echo "Installing into $(TOOLS) (once)"
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
+	@touch $@
+
 # torch goes first and alone, so that the extra index can bring nothing but torch.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; run make PYTHON=/path/to/it")'
@@ -81,5 +126,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 
 from ctc_drafter import Target, generate, load_drafter
@@ -48,13 +45,3 @@ def test_plain_equals_transformers(target: Target) -> None:
     with torch.inference_mode():
         theirs = target.model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
     assert plain == theirs
-
-
-def test_readme_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert len(blocks) >= 2
-    for code in blocks:  # each goes on where the one before it ended
-        exec(compile(code, "README.md", "exec"), names)
-        assert capsys.readouterr().out.strip()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import build_target
 from ctc_drafter.drafters import NoDrafter
@@ -260,3 +261,17 @@ def test_chain_of_nodes_is_plain_text(target: Target) -> None:
     with torch.inference_mode():
         want = target.model(torch.tensor([[*PROMPT, 77, 4, 5, 6]])).logits
     torch.testing.assert_close(logits[0], want[0, -4:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_by_its_newer_name(target_folder: Path) -> None:
+    """As in transformers 5.24, which calls the argument `cache`."""
+    model = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32)
+    own = model.forward
+
+    def forward(input_ids: torch.Tensor, cache: Any = None, **options: Any) -> Any:
+        return own(input_ids, past_key_values=cache, **options)
+
+    model.forward = forward
+    target = Target.of(model, None, "newer")
+    tokens, _ = run(target, NoDrafter(), PROMPT, 12)
+    assert tokens == plain(Target.load(target_folder, dtype="float32", device="cpu"), PROMPT, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ class Target:
             self.max_context = min(self.max_context, rope.get("original_max_position_embeddings", self.max_context))
         self.stop_ids = _stop_ids(self.model, tokenizer)
         self._windows = _windows(config)
+        # transformers 5.24 renamed this argument of its models' forward.
+        named = "cache" in inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if named else "past_key_values"
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -199,7 +203,7 @@ class Target:
         mask: Any = next(iter(masks.values()))
         if len(self._windows) > 1:
             mask = {kind: masks[window] for kind, window in self._windows.items()}
-        options |= {"position_ids": positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        options |= {"position_ids": positions, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
         return self.forward(tokens, **options)
 
     def _mask(

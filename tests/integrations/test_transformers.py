@@ -20,6 +20,7 @@ from transformers import (
 
 from conftest import build_drafter
 from ctc_drafter import UserError
+from ctc_drafter.integrations.generation_config import check_model_inputs
 from ctc_drafter.integrations.transformers import CustomGenerate, custom_generate
 from ctc_drafter.target import Target
 from helpers import CAPABLE, save_model
@@ -175,6 +176,12 @@ def test_what_cannot_be_honoured_is_refused(model: Any, fast: Any) -> None:
     for options, words in cases:
         with pytest.raises(UserError, match=words):
             model.generate(PROMPT, custom_generate=fast, **{"max_new_tokens": 4, **options})
+    for name in ("past_key_values", "cache"):  # its name before transformers 5.24, and since
+        check_model_inputs({name: DynamicCache()})
+        mine = DynamicCache()
+        mine.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+        with pytest.raises(UserError, match="past_key_values"):
+            check_model_inputs({name: mine})
     with pytest.raises(UserError, match="budget"):
         custom_generate("lookup", -1)
     with pytest.raises(UserError, match="no drafter"):

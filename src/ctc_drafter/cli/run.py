@@ -51,7 +51,7 @@ def demo(
     threads: Threads = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Watch one model answer twice, plainly and drafted: the same text, sooner.
+    """Watch one model answer twice: plain and drafted.
 
     Ends with exit code 1 if an answer differs in float32.
     """
@@ -159,8 +159,9 @@ def bench(
     threads: Threads = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure drafters against plain decoding on prompt files, interleaved prompt by prompt.
+    """Measure drafters against plain decoding on prompts.
 
+    The runs alternate prompt by prompt, in one process.
     --drafter and --budget may be repeated: every drafter is measured with every budget, in one run.
     """
     arguments = dict(locals())
@@ -202,7 +203,7 @@ def report(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing report.")] = False,
 ) -> None:
-    """Turn result files into one Markdown page with tables and figures."""
+    """Turn result files into a Markdown page with figures."""
     from ..bench.markdown import run_report
 
     path = run_report(

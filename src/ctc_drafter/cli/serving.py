@@ -125,7 +125,10 @@ def chat(
     threads: Threads = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk with the target in the terminal: /reset begins anew, /exit ends, Ctrl-C stops an answer."""
+    """Talk with the target in the terminal.
+
+    /reset begins anew, /exit ends, Ctrl-C stops an answer.
+    """
     sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     from ..serving.chat import Conversation, talk
 

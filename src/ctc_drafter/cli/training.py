@@ -47,7 +47,7 @@ def distill(
     settings: Settings = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the target's own answers to prompts: what drafters are trained on."""
+    """Write the target's own answers, to train drafters on."""
     from ..config import load_recipe
     from ..training.distill import DistillConfig
     from ..training.distill import distill as run
@@ -74,7 +74,10 @@ def train(
     wandb: Annotated[bool, typer.Option("--wandb", help="Send the curves to Weights & Biases.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Train a drafter for a target; on several devices: torchrun --nproc_per_node N -m ctc_drafter train ..."""
+    """Train a drafter for a target.
+
+    On several devices: torchrun --nproc_per_node N -m ctc_drafter train ...
+    """
     from ..config import load_recipe
     from ..training.trainer import TrainConfig, check
     from ..training.trainer import train as run
@@ -99,7 +102,10 @@ def cache_features(
     settings: Settings = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Run the target once over the data of a train recipe and keep what drafters read: `features` of the recipe."""
+    """Run the target once over the data of a train recipe.
+
+    What drafters read is kept in the folder that the recipe names as `features`.
+    """
     from ..config import load_recipe
     from ..training.features import cache_features as run
     from ..training.trainer import TrainConfig
@@ -118,7 +124,10 @@ def pretrain(
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
-    """Train a small target from scratch, as the embedded one was."""
+    """Train a small target from scratch.
+
+    So the embedded one was made.
+    """
     from ..config import load_recipe
     from ..training.pretrain import PretrainConfig
     from ..training.pretrain import pretrain as run

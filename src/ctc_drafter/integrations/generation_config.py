@@ -25,8 +25,10 @@ FIELDS: dict[type, tuple[str, str]] = {
 }
 """Processor: its attribute and the field of Sampling, in the order in which Sampling applies them."""
 
-IGNORED = {"use_cache", "logits_to_keep", "cache_position", "attention_mask", "position_ids", "past_key_values"}
-"""Inputs of the model that the target makes itself; the last three are checked."""
+CACHES = ("past_key_values", "cache")
+"""How transformers calls the cache: before 5.24, and since."""
+IGNORED = {"use_cache", "logits_to_keep", "cache_position", "attention_mask", "position_ids", *CACHES}
+"""Inputs of the model that the target makes itself; mask, positions and cache are checked."""
 
 
 def check_mode(model: Any, config: Any) -> None:
@@ -51,9 +53,12 @@ def check_model_inputs(inputs: dict[str, Any]) -> None:
             raise UserError(
                 f"Model input '{name}' cannot be used with a drafter; only input_ids and attention_mask can."
             )
-    cache = inputs.get("past_key_values")
-    if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
-        raise UserError("A past_key_values of your own cannot be used with a drafter; pass the whole text each time.")
+    for name in CACHES:
+        cache = inputs.get(name)
+        if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
+            raise UserError(
+                "A cache of your own (past_key_values) cannot be used with a drafter; pass the whole text each time."
+            )
 
 
 def prompts_of(input_ids: torch.Tensor, inputs: dict[str, Any]) -> list[list[int]]:
