@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .chat import render_chat
+from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
+from .masks import ragged_mask, row_mask
 from .packing import PATIENCE, PackedLinears
 from .tree import DraftTree
 
@@ -49,6 +52,7 @@ class Target:
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
+        self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +125,11 @@ class Target:
 
     # ------------------------------------------------------------ features
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose outputs are captured."""
+        return self._layers
+
     def capture(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs `prefill` and `score` return as features (empty: none)."""
         if tuple(layers) == self._layers:
@@ -183,6 +192,9 @@ class Target:
         `cache.keep` decides which of them stay.
         """
         rows = root.shape[0]
+        compiled = self._compiled.get((tree.budget, self._layers)) if rows == 1 else None
+        if compiled is not None:
+            return compiled(root, tree, ancestors, cache)
         # The row counts of batches come and go with the rows; only one that returns again and again is worth packing.
         self._packed.prepare(rows * (tree.budget + 1), after=1 if rows == 1 else PATIENCE)
         return self._pass(torch.cat([root, tree.tokens], 1), tree.offsets(), ancestors, cache)
@@ -194,46 +206,35 @@ class Target:
         positions = offsets + (cache.length if one else cache.starts(self.device)[:, None])
         # Nodes past the context's edge can never be emitted; the clamp keeps learned positions in range.
         positions.clamp_(max=self.max_context - 1)
-        build = self._mask if one else self._ragged_mask
-        masks = {window: build(window, positions, ancestors, cache) for window in set(self._windows.values())}
-        mask: Any = next(iter(masks.values()))
-        if len(self._windows) > 1:
-            mask = {kind: masks[window] for kind, window in self._windows.items()}
+
+        def mask_of(window: int | None) -> torch.Tensor:
+            if one:
+                return row_mask(window, positions, ancestors, cache.length, self.dtype)
+            return ragged_mask(window, positions, ancestors, cache.starts(self.device), cache.length, self.dtype)
+
+        mask = self.mask_for(mask_of)
         options |= {"position_ids": positions, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return self.forward(tokens, **options)
 
-    def _mask(
-        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
-    ) -> torch.Tensor:
-        """Additive mask (1, 1, q, length + q): everything committed, own ancestors, nothing else."""
-        q, length = positions.shape[1], cache.length
-        mask = torch.zeros(1, 1, q, length + q, dtype=self.dtype, device=self.device)
-        low = torch.finfo(self.dtype).min
-        if q > 1:
-            mask[0, :, :, length:].masked_fill_(~ancestors, low)
-        if window is not None and length + q > window:
-            keys = torch.cat([torch.arange(length, device=self.device), positions[0]])
-            mask.masked_fill_(positions[0, :, None] - keys >= window, low)
-        return mask
+    def mask_for(self, mask_of: Callable[[int | None], torch.Tensor]) -> Any:
+        """The mask as the model takes it, from `mask_of` a window: one, or one for each kind of layer."""
+        masks = {window: mask_of(window) for window in set(self._windows.values())}
+        if len(self._windows) == 1:
+            return next(iter(masks.values()))
+        return {kind: masks[window] for kind, window in self._windows.items()}
 
-    def _ragged_mask(
-        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
-    ) -> torch.Tensor:
-        """`_mask` for rows of different lengths: (B, 1, q, longest + q), each row's new entries behind its own length.
+    def compile(self, budget: int, layers: Sequence[int] = ()) -> float:
+        """Compile the passes of one row over the root alone and over root + `budget` nodes; returns the seconds taken.
 
-        Every query sees at least itself, so no row of the softmax is empty.
+        layers: the features that the second returns, those of a drafter; the first returns none. Other passes go on as
+        before. Numbers change by rounding. torch keeps kernels on disk, so the next process takes about half the time.
+        Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
-        (batch, q), size = positions.shape, cache.length + positions.shape[1]
-        slots = torch.arange(size, device=self.device).expand(batch, size)
-        starts = cache.starts(self.device)[:, None]
-        new = starts + torch.arange(q, device=self.device)
-        seen = (slots < starts)[:, None].repeat(1, q, 1)
-        seen.scatter_(2, new[:, None].expand(-1, q, -1), ancestors)
-        if window is not None and size > window:
-            keys = slots.scatter(1, new, positions)
-            seen &= positions[:, :, None] - keys[:, None] < window
-        mask = torch.zeros(batch, 1, q, size, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~seen[:, None], torch.finfo(self.dtype).min)
+        began = time.perf_counter()
+        for count, captured in ((0, ()), *([(budget, tuple(layers))] if budget else [])):
+            if (count, captured) not in self._compiled:
+                self._compiled[count, captured] = compiled_pass(self, count, captured)
+        return time.perf_counter() - began
 
     # ------------------------------------------------------------ text
 

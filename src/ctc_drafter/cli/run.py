@@ -12,6 +12,7 @@ from ..errors import UserError
 from .options import (
     BUDGET,
     Budget,
+    Compile,
     Device,
     DrafterName,
     Dtype,
@@ -91,6 +92,7 @@ def generate(
     stop: Stop = None,
     raw: Raw = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -108,6 +110,9 @@ def generate(
 
     loaded = load_target(target, dtype, device, threads, trust_remote_code)
     chosen = load_drafter(drafter, loaded)
+    if compile:
+        taken = loaded.compile(0 if chosen.name == "none" else budget, chosen.feature_layers)
+        print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)
     steps = steps_of(
@@ -154,6 +159,7 @@ def bench(
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -175,6 +181,7 @@ def bench(
         output=json,
         overwrite=overwrite,
         limit=limit,
+        compile=compile,
         arguments={k: _plain(v) for k, v in arguments.items()},
         max_new_tokens=max_new_tokens,
         sampling=sampling,
