@@ -22,6 +22,8 @@ from .packing import PATIENCE, PackedLinears
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
+CHUNK = 512
+"""Tokens of a prompt that are read in one pass."""
 LAST = -1  # feature layer: the decoder's output after the final norm, which the LM head reads
 
 
@@ -172,16 +174,35 @@ class Target:
         """An empty cache with one row of `capacity` slots; `claim` adds rows."""
         return SlotCache(self.num_layers, capacity)
 
-    def prefill(self, ids: list[int], cache: SlotCache, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size)."""
-        tokens = torch.tensor([ids], device=self.device)
-        q = len(ids)
-        ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
-        offsets = torch.arange(q, device=self.device)[None]
+    def prefill(
+        self,
+        ids: list[int],
+        cache: SlotCache,
+        row: int = 0,
+        *,
+        chunk: int = CHUNK,
+        on_read: Callable[[int], None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size).
+
+        In passes of `chunk` tokens, so that activations and mask, (1, 1, chunk, P), grow with P and not with its
+        square; on_read is told after each pass how many tokens are read. Raises ValueError if chunk is below 1.
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        features = []
         with cache.only(row):
-            logits, features = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
-            cache.keep([range(q)])
-        return logits[:, -1], features
+            for start in range(0, len(ids), chunk):
+                tokens = torch.tensor([ids[start : start + chunk]], device=self.device)
+                q = tokens.shape[1]
+                ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
+                offsets = torch.arange(q, device=self.device)[None]
+                logits, part = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
+                features.append(part)
+                cache.keep([range(q)])
+                if on_read is not None:
+                    on_read(start + q)
+        return logits[:, -1], features[0] if len(features) == 1 else torch.cat(features, 1)
 
     def score(
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache

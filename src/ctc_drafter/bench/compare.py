@@ -177,7 +177,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
         if fact(a) != fact(b):
             yield f"{name} {fact(b)} instead of {fact(a)}"
     for name in ARGUMENTS:
-        mine, theirs = (content["arguments"].get(name) or None for content in (a, b))
+        mine, theirs = (content["arguments"].get(name) for content in (a, b))
         if (mine or None) != (theirs or None):
             yield f"--{name.replace('_', '-')} {theirs} instead of {mine}"
     plain = [_plain_lengths(content) for content in (a, b)]

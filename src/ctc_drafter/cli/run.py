@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,14 @@ def generate(
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)
     steps = steps_of(
-        loaded, chosen, ids, max_new_tokens=max_new_tokens, budget=budget, sampling=sampling, stop=stop or ()
+        loaded,
+        chosen,
+        ids,
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        sampling=sampling,
+        stop=stop or (),
+        on_read=_reading(len(ids)),
     )
     for step in timed(steps, answer, loaded):
         _write(stream.push(step.tokens))
@@ -223,6 +231,20 @@ def report(
         overwrite=overwrite,
     )
     print(f"Report: {path}")
+
+
+def _reading(count: int) -> Callable[[int], None] | None:
+    """Tells in a terminal how much of a prompt of `count` tokens is read, if that takes more than a pass."""
+    from ..target import CHUNK
+
+    if count <= CHUNK or not sys.stderr.isatty():
+        return None
+
+    def tell(read: int) -> None:
+        end = "\r" + " " * 40 + "\r" if read == count else "\r"
+        print(f"\rreading {read} of {count} tokens", end=end, file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _read_stdin() -> str:
