@@ -12,7 +12,6 @@ first prompt in a process of its own, whose peak is told.
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import statistics
 import subprocess
@@ -140,8 +139,9 @@ def table(results: dict[str, dict[str, Any]], answers: int) -> str:
     lines = [f"{'':38}{'tok/s':>8}{'x generate':>12}{'tau':>6}{'speedup':>9}{'eff.':>6}{'MiB':>7}  identical to plain"]
     for name, t in results.items():
         own = f"{t['tau']:6.2f}{t['speedup']:9.2f}{t['efficiency']:6.2f}" if "tau" in t else " " * 21
+        memory = f"{t['peak_mb']:.0f}" if "peak_mb" in t else ""
         head = f"{name:38}{t['tokens_per_second']:8.1f}{t['over_generate_median']:12.2f}"
-        lines.append(f"{head}{own}{t.get('peak_mb', math.nan):7.0f}  {t['identical']} of {answers}")
+        lines.append(f"{head}{own}{memory:>7}  {t['identical']} of {answers}")
     return "\n".join(lines)
 
 

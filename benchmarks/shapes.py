@@ -74,10 +74,10 @@ def build(name: str, options: argparse.Namespace) -> Target:
     return Target.of(model, None, name)
 
 
-def build_drafter(target: Target) -> CTCDrafter:
+def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
     """The CTC drafter at its recipe's size with random weights, on three layers of the target."""
     layers = sorted({max(1, target.num_layers // 3), max(1, 2 * target.num_layers // 3)})
-    drafter = CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST]), target)
+    drafter = CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
     drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
     drafter.prepare()
     return drafter
@@ -182,7 +182,7 @@ def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> dict
 def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[str, Any]:
     """All about one shape; rates: of steps that accepted their k-th draft token."""
     target = build(name, options)
-    drafter = build_drafter(target)
+    drafter = build_drafter(target, options.vocabulary)
     lengths = replayed(rates, options.steps)
     costs = scoring(target, options)
     plain, drafted = steps(target, drafter, lengths, options)
@@ -228,13 +228,13 @@ def main() -> None:
     recorded = json.loads(options.accepted.read_text())
     options.budget = options.budget or recorded["drafter"]["budget"]
     torch.manual_seed(0)
+    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+    about |= {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}}
     rows = []
     for name in options.shape:
         rows.append(measure(name, recorded["totals"]["acceptance_at"], options))
         tell(rows[-1])
-    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
-    about |= {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}}
-    write_json(options.json, {**about, "rows": rows})
+        write_json(options.json, {**about, "rows": rows})  # so that a shape too large loses only itself
     print(f"Result: {options.json}")
 
 
@@ -248,6 +248,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=0, help="0: that of the recorded run.")
     default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
     parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
+    parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, required=True)
