@@ -18,6 +18,7 @@ from helpers import MIXED, save_model
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # compiling takes half a minute on a free machine, minutes on a busy one
     pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"),
 ]
 BUDGET = 5
