@@ -1,6 +1,6 @@
 # make demo    see it work            make test    run the tests (test-all: the slow ones too)
 # make lint    ruff                   make type    mypy
-# make bench   measure the README's figures again (an hour)
+# make bench   measure the README's figures again (an hour); make engine: those of docs/engine.md (minutes)
 # make embedded    train the shipped target and drafters again (hours)
 # make docs    build the documentation into site/ (make docs-serve: and watch)
 # make wheel   build the wheel and the source distribution into dist/
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint type check bench serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
+.PHONY: demo test test-all lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -66,6 +66,16 @@ bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 --budget 16 --drafter ctc --drafter paper --drafter lookup --dtype float32 --json benchmarks/results/methods-float32.json
 	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
 	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json benchmarks/results/batches.json
+
+# Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.
+FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
+RESULTS := benchmarks/results
+engine: $(STAMP)
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/python benchmarks/curves.py --json $(RESULTS)/curves.json --figure docs/step.svg --overwrite
+	$(BIN)/python benchmarks/curves.py --compile --longest 512 --tokens 24 --json $(RESULTS)/curves-compiled.json --overwrite
+	$(BIN)/python benchmarks/shapes.py --shape vicuna-7b llama-3.1-8b --scale 0.25 --layers 4 --steps 32 --context 256 --json $(RESULTS)/shapes-quarter.json --overwrite
 
 # The server under eight clients, a minute for each drafter; and random requests against it.
 serving: $(STAMP)

@@ -54,6 +54,21 @@ def test_tree_scores_are_branch_scores(family: Target) -> None:
     family.capture(())
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(family: Target, chunk: int) -> None:
+    family.capture((1, LAST))
+    read: list[int] = []
+    with torch.inference_mode():
+        whole, parts = family.new_cache(CONTEXT), family.new_cache(CONTEXT)
+        want = family.prefill(PROMPT, whole)
+        got = family.prefill(PROMPT, parts, chunk=chunk, on_read=read.append)
+    family.capture(())
+    for a, b in zip((*got, *parts._planes), (*want, *whole._planes)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    assert read == [*range(chunk, len(PROMPT), chunk), len(PROMPT)]
+    assert parts.lengths == whole.lengths == [len(PROMPT)]
+
+
 def test_decoding_is_the_models_own(family: Target) -> None:
     want = plain(family, PROMPT, 24)
     assert run(family, NoDrafter(), PROMPT, 24)[0] == want

@@ -130,8 +130,8 @@ class Loop:
         self.cache: SlotCache | None = None
         """None while there are no rows, so that an idle loop holds no memory."""
 
-    def join(self, row: Row, prompt_ids: list[int], clock: Clock) -> Step:
-        """Read the prompt of a new row; its first token comes from that pass."""
+    def join(self, row: Row, prompt_ids: list[int], clock: Clock, on_read: Callable[[int], None] | None = None) -> Step:
+        """Read the prompt of a new row; its first token comes from that. on_read: see `Target.prefill`."""
         target = self.target
         capacity = len(prompt_ids) + row.ending.limit + self.budget + 1  # the last pass may overshoot by a whole draft
         if self.cache is None:
@@ -141,7 +141,7 @@ class Loop:
         self.rows.append(row)
         try:
             target.capture(row.drafter.feature_layers)
-            logits, features = target.prefill(prompt_ids, self.cache, place)
+            logits, features = target.prefill(prompt_ids, self.cache, place, on_read=on_read)
             empty = DraftTree.empty(1, target.device)
             root = row.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
             tokens = row.begin(prompt_ids, features, root)
@@ -268,20 +268,22 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     profile: bool = False,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[Step]:
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
     Ends at one of the target's stop ids (emitted), after a `stop` string, after `max_new_tokens`, or at the context's
     edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter; with a seed
     the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
-    phases are true there. Raises UserError for an empty or too long prompt.
+    phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. Raises UserError for
+    an empty or too long prompt.
     """
     ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
     row = Row(target, drafter, sampling or Sampling(), ending)
     loop = Loop(target, budget)
-    step = loop.join(row, prompt_ids, Clock(target.device, profile))
+    step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
     yield step
     while step.finish is None:
         [(_, step)] = loop.step(budget, Clock(target.device, profile))

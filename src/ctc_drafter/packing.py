@@ -85,7 +85,7 @@ def _packable(weight: torch.Tensor) -> bool:
 def _forward_float32(layer: nn.Linear, packed: dict[int, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if rows in packed and torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and rows in packed and torch.is_inference_mode_enabled():
             out: torch.Tensor = torch.ops.mkl._mkl_linear(x, packed[rows], layer.weight, layer.bias, rows)
             return out
         return F.linear(x, layer.weight, layer.bias)
@@ -95,7 +95,7 @@ def _forward_float32(layer: nn.Linear, packed: dict[int, torch.Tensor]) -> Calla
 
 def _forward_bfloat16(layer: nn.Linear, packed: dict[int, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if ANY in packed and torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and ANY in packed and torch.is_inference_mode_enabled():
             weight = packed[ANY]
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
             return out

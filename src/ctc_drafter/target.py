@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .attention import NAME as GROUPED_ATTENTION
 from .cache import SlotCache
 from .chat import render_chat
+from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
+from .masks import ragged_mask, row_mask
 from .packing import PATIENCE, PackedLinears
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
+CHUNK = 512
+"""Tokens of a prompt that are read in one pass."""
 LAST = -1  # feature layer: the decoder's output after the final norm, which the LM head reads
 
 
@@ -48,11 +53,12 @@ class Target:
         self._windows = _windows(config)
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
-        self._cache_name = "cache" if named else "past_key_values"
+        self.cache_name = "cache" if named else "past_key_values"
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
+        self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
 
     @property
     def device(self) -> torch.device:
@@ -125,6 +131,11 @@ class Target:
 
     # ------------------------------------------------------------ features
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose outputs are captured."""
+        return self._layers
+
     def capture(self, layers: Sequence[int]) -> None:
         """Choose the layers whose outputs `prefill` and `score` return as features (empty: none)."""
         if tuple(layers) == self._layers:
@@ -167,16 +178,35 @@ class Target:
         """An empty cache with one row of `capacity` slots; `claim` adds rows."""
         return SlotCache(self.num_layers, capacity)
 
-    def prefill(self, ids: list[int], cache: SlotCache, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size)."""
-        tokens = torch.tensor([ids], device=self.device)
-        q = len(ids)
-        ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
-        offsets = torch.arange(q, device=self.device)[None]
+    def prefill(
+        self,
+        ids: list[int],
+        cache: SlotCache,
+        row: int = 0,
+        *,
+        chunk: int = CHUNK,
+        on_read: Callable[[int], None] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size).
+
+        In passes of `chunk` tokens, so that activations and mask, (1, 1, chunk, P), grow with P and not with its
+        square; on_read is told after each pass how many tokens are read. Raises ValueError if chunk is below 1.
+        """
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        features = []
         with cache.only(row):
-            logits, features = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
-            cache.keep([range(q)])
-        return logits[:, -1], features
+            for start in range(0, len(ids), chunk):
+                tokens = torch.tensor([ids[start : start + chunk]], device=self.device)
+                q = tokens.shape[1]
+                ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
+                offsets = torch.arange(q, device=self.device)[None]
+                logits, part = self._pass(tokens, offsets, ancestors, cache, logits_to_keep=1)
+                features.append(part)
+                cache.keep([range(q)])
+                if on_read is not None:
+                    on_read(start + q)
+        return logits[:, -1], features[0] if len(features) == 1 else torch.cat(features, 1)
 
     def score(
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
@@ -187,6 +217,9 @@ class Target:
         `cache.keep` decides which of them stay.
         """
         rows = root.shape[0]
+        compiled = self._compiled.get((tree.budget, self._layers)) if rows == 1 else None
+        if compiled is not None:
+            return compiled(root, tree, ancestors, cache)
         # The row counts of batches come and go with the rows; only one that returns again and again is worth packing.
         self._packed.prepare(rows * (tree.budget + 1), after=1 if rows == 1 else PATIENCE)
         return self._pass(torch.cat([root, tree.tokens], 1), tree.offsets(), ancestors, cache)
@@ -198,46 +231,35 @@ class Target:
         positions = offsets + (cache.length if one else cache.starts(self.device)[:, None])
         # Nodes past the context's edge can never be emitted; the clamp keeps learned positions in range.
         positions.clamp_(max=self.max_context - 1)
-        build = self._mask if one else self._ragged_mask
-        masks = {window: build(window, positions, ancestors, cache) for window in set(self._windows.values())}
-        mask: Any = next(iter(masks.values()))
-        if len(self._windows) > 1:
-            mask = {kind: masks[window] for kind, window in self._windows.items()}
-        options |= {"position_ids": positions, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
+
+        def mask_of(window: int | None) -> torch.Tensor:
+            if one:
+                return row_mask(window, positions, ancestors, cache.length, self.dtype)
+            return ragged_mask(window, positions, ancestors, cache.starts(self.device), cache.length, self.dtype)
+
+        mask = self.mask_for(mask_of)
+        options |= {"position_ids": positions, "attention_mask": mask, self.cache_name: cache, "use_cache": True}
         return self.forward(tokens, **options)
 
-    def _mask(
-        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
-    ) -> torch.Tensor:
-        """Additive mask (1, 1, q, length + q): everything committed, own ancestors, nothing else."""
-        q, length = positions.shape[1], cache.length
-        mask = torch.zeros(1, 1, q, length + q, dtype=self.dtype, device=self.device)
-        low = torch.finfo(self.dtype).min
-        if q > 1:
-            mask[0, :, :, length:].masked_fill_(~ancestors, low)
-        if window is not None and length + q > window:
-            keys = torch.cat([torch.arange(length, device=self.device), positions[0]])
-            mask.masked_fill_(positions[0, :, None] - keys >= window, low)
-        return mask
+    def mask_for(self, mask_of: Callable[[int | None], torch.Tensor]) -> Any:
+        """The mask as the model takes it, from `mask_of` a window: one, or one for each kind of layer."""
+        masks = {window: mask_of(window) for window in set(self._windows.values())}
+        if len(self._windows) == 1:
+            return next(iter(masks.values()))
+        return {kind: masks[window] for kind, window in self._windows.items()}
 
-    def _ragged_mask(
-        self, window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, cache: SlotCache
-    ) -> torch.Tensor:
-        """`_mask` for rows of different lengths: (B, 1, q, longest + q), each row's new entries behind its own length.
+    def compile(self, budget: int, layers: Sequence[int] = ()) -> float:
+        """Compile the passes of one row over the root alone and over root + `budget` nodes; returns the seconds taken.
 
-        Every query sees at least itself, so no row of the softmax is empty.
+        layers: the features that the second returns, those of a drafter; the first returns none. Other passes go on as
+        before. Numbers change by rounding. torch keeps kernels on disk, so the next process takes about half the time.
+        Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
-        (batch, q), size = positions.shape, cache.length + positions.shape[1]
-        slots = torch.arange(size, device=self.device).expand(batch, size)
-        starts = cache.starts(self.device)[:, None]
-        new = starts + torch.arange(q, device=self.device)
-        seen = (slots < starts)[:, None].repeat(1, q, 1)
-        seen.scatter_(2, new[:, None].expand(-1, q, -1), ancestors)
-        if window is not None and size > window:
-            keys = slots.scatter(1, new, positions)
-            seen &= positions[:, :, None] - keys[:, None] < window
-        mask = torch.zeros(batch, 1, q, size, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~seen[:, None], torch.finfo(self.dtype).min)
+        began = time.perf_counter()
+        for count, captured in ((0, ()), *([(budget, tuple(layers))] if budget else [])):
+            if (count, captured) not in self._compiled:
+                self._compiled[count, captured] = compiled_pass(self, count, captured)
+        return time.perf_counter() - began
 
     # ------------------------------------------------------------ text
 

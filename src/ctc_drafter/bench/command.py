@@ -35,9 +35,13 @@ def run_bench(
     overwrite: bool,
     limit: int | None,
     arguments: dict[str, Any],
+    compile: bool = False,
     **options: Any,
 ) -> None:
-    """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end."""
+    """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end.
+
+    compile: run plain and drafted passes as compiled graphs; the seconds that this takes are printed, and not counted.
+    """
     pairs = [(name, budget) for name in dict.fromkeys(drafters) for budget in dict.fromkeys(budgets)]
     outputs = output_files(output, pairs)
     for path in outputs:
@@ -46,13 +50,17 @@ def run_bench(
     target = load_target()
     loaded = {name: load_drafter(name, target) for name in dict.fromkeys(drafters)}
     contenders = [Contender(loaded[name].name, loaded[name], budget) for name, budget in pairs]
-    with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
-        results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
     about: dict[str, Any] = {
         "name": target.name,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }
+    if compile:
+        taken = sum(target.compile(c.budget, c.drafter.feature_layers) for c in contenders)
+        about["compile_seconds"] = round(taken, 1)
+        print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
+    with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
+        results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
     about["parameters"] = sum(p.numel() for p in target.model.parameters())
     written: list[Path] = []
     for path, result in zip(outputs, results):

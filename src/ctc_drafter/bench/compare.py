@@ -26,7 +26,10 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 """What the report reads of each part of a result file."""
 
-ARGUMENTS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "raw", "profile")
+ARGUMENTS = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "raw", "profile"),
+    "compile",
+)
 """The arguments of `bench` that change what is generated or how long a step takes."""
 
 

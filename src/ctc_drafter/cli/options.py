@@ -71,6 +71,10 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer a
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many prompts (of each file).")]
 Raw = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the passes first: some seconds, then faster steps, plain and drafted."),
+]
 Recipe = Annotated[Path | None, typer.Option("--config", help="YAML recipe; the other options win over it.")]
 Settings = Annotated[
     list[str] | None,

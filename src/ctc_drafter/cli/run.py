@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from ..errors import UserError
 from .options import (
     BUDGET,
     Budget,
+    Compile,
     Device,
     DrafterName,
     Dtype,
@@ -91,6 +93,7 @@ def generate(
     stop: Stop = None,
     raw: Raw = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -108,10 +111,20 @@ def generate(
 
     loaded = load_target(target, dtype, device, threads, trust_remote_code)
     chosen = load_drafter(drafter, loaded)
+    if compile:
+        taken = loaded.compile(0 if chosen.name == "none" else budget, chosen.feature_layers)
+        print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)
     steps = steps_of(
-        loaded, chosen, ids, max_new_tokens=max_new_tokens, budget=budget, sampling=sampling, stop=stop or ()
+        loaded,
+        chosen,
+        ids,
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        sampling=sampling,
+        stop=stop or (),
+        on_read=_reading(len(ids)),
     )
     for step in timed(steps, answer, loaded):
         _write(stream.push(step.tokens))
@@ -154,6 +167,7 @@ def bench(
     ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
+    compile: Compile = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -176,6 +190,7 @@ def bench(
         output=json,
         overwrite=overwrite,
         limit=limit,
+        compile=compile,
         arguments={k: _plain(v) for k, v in arguments.items()},
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -217,6 +232,20 @@ def report(
         overwrite=overwrite,
     )
     print(f"Report: {path}")
+
+
+def _reading(count: int) -> Callable[[int], None] | None:
+    """Tells in a terminal how much of a prompt of `count` tokens is read, if that takes more than a pass."""
+    from ..target import CHUNK
+
+    if count <= CHUNK or not sys.stderr.isatty():
+        return None
+
+    def tell(read: int) -> None:
+        end = "\r" + " " * 40 + "\r" if read == count else "\r"
+        print(f"\rreading {read} of {count} tokens", end=end, file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _read_stdin() -> str:

@@ -1,0 +1,211 @@
+"""Every way to decode one model, in one process, answer by answer in turn.
+
+    python benchmarks/engine.py --prompts PROMPTS.jsonl --limit 16 --budget 11 --compile --json OUT.json
+
+`plain` and `speculative` are ours, with `--compile` also as compiled passes; the others are `model.generate` of
+transformers: as it is, with prompt lookup, and assisted by a smaller model (`--assistant`) or, without one, by the
+target's own first layers (`--early-exit`), which were not trained for that. All greedy, one sequence. Speedup is over
+the plain loop of the same kind: eager over eager, compiled over compiled. With `--memory` each way also runs on the
+first prompt in a process of its own, whose peak is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ctc_drafter.bench.measure import Answer, peak_memory_mb
+from ctc_drafter.bench.prompts import Prompt, read_prompts
+from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.decoding import generate
+from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.environment import machine, versions
+from ctc_drafter.target import Target
+
+Run = Callable[[list[int]], Answer]
+BASELINES = {"speculative": "plain", "speculative, compiled": "plain, compiled"}
+
+
+def of_loop(target: Target, drafter: Drafter, options: argparse.Namespace) -> Run:
+    def run(ids: list[int]) -> Answer:
+        answer = Answer()
+        for step in generate(target, drafter, ids, max_new_tokens=options.max_new_tokens, budget=options.budget):
+            answer.add(step)
+        return answer
+
+    return run
+
+
+def of_transformers(target: Target, options: argparse.Namespace, **how: Any) -> Run:
+    @torch.inference_mode()
+    def run(ids: list[int]) -> Answer:
+        tokens = torch.tensor([ids], device=target.device)
+        out = target.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=sorted(target.stop_ids) or None,
+            **how,
+        )
+        return Answer(out[0, len(ids) :].tolist())
+
+    return run
+
+
+def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], float | None]:
+    """The target, each way to decode it by name, and the seconds that compiling took."""
+    target = Target.load(options.target, dtype=options.dtype, device=options.device)
+    runs = {
+        "plain": of_loop(target, NoDrafter(), options),
+        "speculative": of_loop(target, load_drafter(options.drafter, target), options),
+        "generate": of_transformers(target, options),
+        "generate, prompt lookup": of_transformers(target, options, prompt_lookup_num_tokens=options.lookup),
+    }
+    if options.assistant:
+        small: Any = AutoModelForCausalLM.from_pretrained(options.assistant, dtype=target.dtype, use_safetensors=True)
+        runs["generate, assisted"] = of_transformers(target, options, assistant_model=small.to(target.device).eval())
+    elif 0 < options.early_exit < target.num_layers:
+        name = f"generate, assisted by layers 1..{options.early_exit}"
+        runs[name] = of_transformers(target, options, assistant_early_exit=options.early_exit)
+    if not options.compile or "compiled" not in (options.only or "compiled"):
+        return target, runs, None
+    # A target of its own, since what is compiled stays compiled.
+    compiled = Target.load(options.target, dtype=options.dtype, device=options.device)
+    drafter = load_drafter(options.drafter, compiled)
+    seconds = compiled.compile(options.budget, drafter.feature_layers)
+    runs["plain, compiled"] = of_loop(compiled, NoDrafter(), options)
+    runs["speculative, compiled"] = of_loop(compiled, drafter, options)
+    return target, runs, seconds
+
+
+# ------------------------------------------------------------ measuring
+
+
+def ids_of(target: Target, prompt: Prompt) -> list[int]:
+    return target.prompt_ids([{"role": "user", "content": prompt.turns[0]}])
+
+
+def measured(run: Run, ids: list[int], on_gpu: bool) -> Answer:
+    """The answer, its seconds filled in."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    answer = run(ids)
+    if on_gpu:
+        torch.cuda.synchronize()
+    answer.seconds = time.perf_counter() - began
+    return answer
+
+
+def peak_of(name: str) -> float:
+    """Peak memory in MiB of this script with only that way to decode, in a process of its own."""
+    line = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def totals(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for name in names:
+        mine = [row["runs"][name] for row in rows]
+        tokens, seconds = sum(r["tokens"] for r in mine), sum(r["seconds"] for r in mine)
+        out[name] = {"tokens_per_second": tokens / seconds, "identical": sum(r["identical"] for r in mine)}
+        steps = sum(r["steps"] for r in mine)
+        if name in BASELINES and steps:
+            base = out[BASELINES[name]]["tokens_per_second"]
+            tau = (tokens - len(mine)) / steps
+            speedup = tokens / seconds / base
+            out[name] |= {"tau": tau, "speedup": speedup, "efficiency": speedup / tau}
+    for name in names:
+        ratios = [row["runs"]["generate"]["seconds"] / row["runs"][name]["seconds"] for row in rows]
+        lengths = [row["runs"][name]["tokens"] / row["runs"]["generate"]["tokens"] for row in rows]
+        out[name]["over_generate_median"] = statistics.median(a * b for a, b in zip(ratios, lengths))
+    return out
+
+
+def table(results: dict[str, dict[str, Any]], answers: int) -> str:
+    lines = [f"{'':38}{'tok/s':>8}{'x generate':>12}{'tau':>6}{'speedup':>9}{'eff.':>6}{'MiB':>7}  identical to plain"]
+    for name, t in results.items():
+        own = f"{t['tau']:6.2f}{t['speedup']:9.2f}{t['efficiency']:6.2f}" if "tau" in t else " " * 21
+        memory = f"{t['peak_mb']:.0f}" if "peak_mb" in t else ""
+        head = f"{name:38}{t['tokens_per_second']:8.1f}{t['over_generate_median']:12.2f}"
+        lines.append(f"{head}{own}{memory:>7}  {t['identical']} of {answers}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = _arguments()
+    check_output(options.json, options.overwrite or bool(options.only))
+    target, runs, seconds = contenders(options)
+    if seconds is not None:
+        print(f"compiled in {seconds:.1f} s", flush=True)
+    prompts = read_prompts(options.prompts, options.limit)
+    if options.only:
+        measured(runs[options.only], ids_of(target, prompts[0]), target.device.type == "cuda")
+        print(peak_memory_mb())
+        return
+    names, rows = list(runs), []
+    for i, prompt in enumerate([prompts[0], *prompts]):
+        ids = ids_of(target, prompt)
+        turned = names[i % len(names) :] + names[: i % len(names)]  # so that drift of the machine cancels
+        done = {name: measured(runs[name], ids, target.device.type == "cuda") for name in turned}
+        if i == 0:
+            continue  # warm-up
+        plain = done["plain"].tokens
+        row: dict[str, Any] = {"id": prompt.id, "category": prompt.category, "prompt_tokens": len(ids), "runs": {}}
+        for name, answer in done.items():
+            row["runs"][name] = {
+                "tokens": len(answer.tokens),
+                "seconds": answer.seconds,
+                "steps": len(answer.accepted),
+                "identical": answer.tokens == plain,
+            }
+        rows.append(row)
+    results = totals(rows, names)
+    if options.memory:
+        for name in names:
+            results[name]["peak_mb"] = peak_of(name)
+    print(table(results, len(rows)))
+    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+    about |= {"target": target.name, "dtype": str(target.dtype), "budget": options.budget, "compile_seconds": seconds}
+    write_json(options.json, {**about, "totals": results, "rows": rows})
+    print(f"Result: {options.json}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target")
+    parser.add_argument("--drafter", default="ctc")
+    parser.add_argument("--assistant", help="A smaller model with the target's tokenizer.")
+    parser.add_argument(
+        "--early-exit", type=int, default=2, help="Without --assistant: the layers that assist; 0: none."
+    )
+    parser.add_argument("--lookup", type=int, default=10, help="Tokens that prompt lookup proposes.")
+    parser.add_argument("--prompts", type=Path, required=True, nargs="+")
+    parser.add_argument("--limit", type=int, default=16, help="Prompts of each file.")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--budget", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="Also as compiled passes.")
+    parser.add_argument("--memory", action="store_true", help="Also the peak memory of each.")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

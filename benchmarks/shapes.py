@@ -1,0 +1,260 @@
+"""What drafting would gain at real sizes, without real weights: random models of known shapes, acceptance replayed.
+
+    python benchmarks/shapes.py --shape vicuna-7b llama-3.1-8b --json OUT.json          # a GPU with room for them
+    python benchmarks/shapes.py --shape vicuna-7b --scale 0.125 --layers 4 --json OUT.json    # shrunk, for a CPU
+
+Measured: every part of a step (draft, tree, score, choose, compact), plain steps, the cost of scoring m nodes, memory,
+and the bandwidth of the memory, by reading a large tensor. Replayed: how many draft tokens a step keeps, at the
+rates that a result file of `bench` recorded with another model (`--accepted`). So the speedup is that of a drafter of
+this size which guesses as well as that one did; whether one does at this size only training can tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ctc_drafter.acceptance import accepted_paths, largest
+from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.drafters import CTCConfig, CTCDrafter
+from ctc_drafter.environment import machine, versions
+from ctc_drafter.target import LAST, Target, resolve_device, resolve_dtype
+from ctc_drafter.tree import DraftTree
+
+# kind of model, hidden size, inner size, layers, heads, key/value heads, vocabulary
+SHAPES = {
+    "vicuna-7b": ("llama", 4096, 11008, 32, 32, 32, 32_000),
+    "vicuna-13b": ("llama", 5120, 13824, 40, 40, 40, 32_000),
+    "vicuna-33b": ("llama", 6656, 17920, 60, 52, 52, 32_000),
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128_256),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 151_936),
+}
+HEAD_DIM = 128  # of all of them
+NODES = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+WARM_UP = 3
+BLOCK = 16
+"""Steps of one kind before it is the other's turn."""
+
+
+def build(name: str, options: argparse.Namespace) -> Target:
+    """A target of that shape with random weights; widths and heads times `scale`, `layers` if given."""
+    kind, hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[name]
+    heads, kv_heads = (max(1, round(n * options.scale)) for n in (heads, kv_heads))
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=max(HEAD_DIM, round(hidden * options.scale)),
+        intermediate_size=max(HEAD_DIM, round(inner * options.scale)),
+        num_hidden_layers=options.layers or layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_DIM,
+        vocab_size=vocabulary,
+        max_position_embeddings=2 * options.context + 4096,
+        tie_word_embeddings=False,
+    )
+    device = resolve_device(options.device)
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(resolve_dtype(options.dtype, device))
+    try:
+        with device:
+            model = AutoModelForCausalLM.from_config(config)
+    finally:
+        torch.set_default_dtype(kept)
+    return Target.of(model, None, name)
+
+
+def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
+    """The CTC drafter at its recipe's size with random weights, on three layers of the target."""
+    layers = sorted({max(1, target.num_layers // 3), max(1, 2 * target.num_layers // 3)})
+    drafter = CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+    drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
+    drafter.prepare()
+    return drafter
+
+
+def replayed(rates: list[float], count: int) -> list[int]:
+    """Accepted lengths of `count` steps in which the share of those that accept k tokens is as in `rates`, shuffled."""
+    lengths = [sum(rate > (i + 0.5) / count for rate in rates) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
+
+
+# ------------------------------------------------------------ measuring
+
+
+class Sequence:
+    """One sequence that grows by given numbers of tokens, whatever the target thinks of the draft."""
+
+    def __init__(self, target: Target, drafter: CTCDrafter | None, budget: int, context: int, room: int) -> None:
+        self.target, self.drafter, self.budget = target, drafter, budget
+        self.cache = target.new_cache(context + room + budget + 1)
+        target.capture(drafter.feature_layers if drafter else ())
+        ids = torch.randint(target.vocab_size, (context,)).tolist()
+        logits, features = target.prefill(ids, self.cache)
+        self.root = largest(logits)[None]
+        known = torch.tensor([ids[1:]], device=target.device)
+        self.pairs = features, torch.cat([known, self.root], 1)
+        if drafter:
+            drafter.start(context + room)
+
+    def step(self, accepted: int) -> None:
+        """Draft, search, score and choose as the loop does; then keep `accepted` nodes, whichever they are."""
+        target = self.target
+        tree = DraftTree.empty(1, target.device)
+        if self.drafter:
+            tree = self.drafter.tree(self.drafter.draft(*self.pairs), self.budget)
+        ancestors = tree.ancestor_mask()
+        target.capture(self.drafter.feature_layers if self.drafter else ())
+        logits, features = target.score(self.root, tree, ancestors, self.cache)
+        chosen = largest(logits)
+        accepted_paths(tree, chosen)
+        # Every other node, so that there is something to move, as there mostly is.
+        offsets = [0, *range(1, tree.budget + 1, 2 if 2 * accepted <= tree.budget else 1)][: accepted + 1]
+        self.cache.keep([offsets])
+        kept = torch.tensor(offsets, device=target.device)
+        self.pairs = features.index_select(1, kept), chosen.index_select(1, kept)
+        self.root = self.pairs[1][:, -1:]
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading 1 GiB."""
+    block = torch.zeros(2**28, device=device)
+    return block.nbytes / statistics.median(seconds_of(block.sum, device) for _ in range(7))
+
+
+def steps(target: Target, drafter: CTCDrafter, lengths: list[int], options: argparse.Namespace) -> tuple[float, float]:
+    """Median seconds of a plain step and of a drafted one, block by block in turn."""
+    room = sum(lengths) + len(lengths) + 2 * WARM_UP
+    plain = Sequence(target, None, 0, options.context, len(lengths) + WARM_UP)
+    drafted = Sequence(target, drafter, options.budget, options.context, room)
+    seconds: dict[str, list[float]] = {"plain": [], "drafted": []}
+    for _ in range(WARM_UP):
+        plain.step(0)
+        drafted.step(1)
+    for start in range(0, len(lengths), BLOCK):
+        for _ in lengths[start : start + BLOCK]:
+            seconds["plain"].append(seconds_of(lambda: plain.step(0), target.device))
+        for accepted in lengths[start : start + BLOCK]:
+            seconds["drafted"].append(seconds_of(lambda n=accepted: drafted.step(n), target.device))
+    return statistics.median(seconds["plain"]), statistics.median(seconds["drafted"])
+
+
+def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> dict[int, float]:
+    """Median seconds of scoring root + m nodes behind the context, for each m."""
+    sequence = Sequence(target, None, max(NODES), options.context, 1)
+    out = {}
+    for m in NODES:
+        nothing = torch.zeros(1, m, dtype=torch.long, device=target.device)
+        tree = DraftTree(nothing, nothing - 1, nothing + 1)
+        ancestors = tree.ancestor_mask()
+
+        def run(tree: DraftTree = tree, ancestors: torch.Tensor = ancestors) -> None:
+            target.score(sequence.root, tree, ancestors, sequence.cache)
+
+        for _ in range(WARM_UP):
+            run()
+        out[m] = statistics.median(seconds_of(run, target.device) for _ in range(times))
+    return out
+
+
+@torch.inference_mode()
+def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[str, Any]:
+    """All about one shape; rates: of steps that accepted their k-th draft token."""
+    target = build(name, options)
+    drafter = build_drafter(target, options.vocabulary)
+    lengths = replayed(rates, options.steps)
+    costs = scoring(target, options)
+    plain, drafted = steps(target, drafter, lengths, options)
+    tau = 1 + sum(lengths) / len(lengths)
+    weights = sum(p.nbytes for p in target.model.parameters())
+    own = sum(p.nbytes for p in drafter.parameters())
+    rate = bandwidth(target.device)
+    kv = sum(plane.nbytes for plane in Sequence(target, None, 0, options.context, 1).cache._planes)
+    read = weights - target.embedding.weight.nbytes + kv  # one row of the embedding is read
+    return {
+        "shape": name,
+        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "layers": target.num_layers,
+        "hidden_size": target.hidden_size,
+        "drafter_share": own / weights,
+        "measured": {
+            "gigabytes_per_second": rate / 1e9,
+            "plain_ms": 1e3 * plain,
+            "roofline_fraction": read / rate / plain,
+            "drafted_ms": 1e3 * drafted,
+            "score_ms": {m: 1e3 * s for m, s in costs.items()},
+        },
+        "replayed": {"tau": tau, "rates": rates},
+        "of_both": {"speedup": tau * plain / drafted, "efficiency": plain / drafted},
+    }
+
+
+def tell(row: dict[str, Any]) -> None:
+    m, r, both = row["measured"], row["replayed"], row["of_both"]
+    relative = ", ".join(f"{n}: {s / m['score_ms'][0]:.2f}" for n, s in m["score_ms"].items())
+    print(f"{row['shape']}: {row['parameters'] / 1e9:.2f} B parameters, drafter {100 * row['drafter_share']:.1f} %")
+    print(
+        f"  measured  plain step {m['plain_ms']:.2f} ms, {100 * m['roofline_fraction']:.0f} % of the bandwidth's limit"
+    )
+    print(f"  measured  drafted step {m['drafted_ms']:.2f} ms; scoring m nodes, relative to none: {relative}")
+    print(f"  replayed  tau {r['tau']:.2f}")
+    print(f"  of both   speedup {both['speedup']:.2f}, efficiency {both['efficiency']:.2f}", flush=True)
+
+
+def main() -> None:
+    options = _arguments()
+    check_output(options.json, options.overwrite)
+    recorded = json.loads(options.accepted.read_text())
+    options.budget = options.budget or recorded["drafter"]["budget"]
+    torch.manual_seed(0)
+    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+    about |= {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}}
+    rows = []
+    for name in options.shape:
+        rows.append(measure(name, recorded["totals"]["acceptance_at"], options))
+        tell(rows[-1])
+        write_json(options.json, {**about, "rows": rows})  # so that a shape too large loses only itself
+    print(f"Result: {options.json}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--scale", type=float, default=1.0, help="Of widths and heads.")
+    parser.add_argument("--layers", type=int, default=0, help="0: the shape's own.")
+    parser.add_argument("--context", type=int, default=512, help="Tokens before the first step.")
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--budget", type=int, default=0, help="0: that of the recorded run.")
+    default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
+    parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
+    parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Additive attention masks of a pass: everything committed, a query's own ancestors, nothing else.
+
+`window` is a sliding window in positions, None for full attention. Masked is the smallest number of `dtype`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_mask(
+    window: int | None, positions: torch.Tensor, ancestors: torch.Tensor, length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """(1, 1, q, length + q) for one row: positions (1, q), ancestors (1, q, q) bool."""
+    q, device = positions.shape[1], positions.device
+    mask = torch.zeros(1, 1, q, length + q, dtype=dtype, device=device)
+    low = torch.finfo(dtype).min
+    if q > 1:
+        mask[0, :, :, length:].masked_fill_(~ancestors, low)
+    if window is not None and length + q > window:
+        keys = torch.cat([torch.arange(length, device=device), positions[0]])
+        mask.masked_fill_(positions[0, :, None] - keys >= window, low)
+    return mask
+
+
+def ragged_mask(
+    window: int | None,
+    positions: torch.Tensor,
+    ancestors: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`row_mask` for rows of different lengths `starts` (B,): (B, 1, q, longest + q).
+
+    Each row's new entries stand behind its own length. Every query sees at least itself, so no row of the softmax is
+    empty.
+    """
+    (batch, q), device = positions.shape, positions.device
+    size = longest + q
+    slots = torch.arange(size, device=device).expand(batch, size)
+    starts = starts[:, None]
+    new = starts + torch.arange(q, device=device)
+    seen = (slots < starts)[:, None].repeat(1, q, 1)
+    seen.scatter_(2, new[:, None].expand(-1, q, -1), ancestors)
+    if window is not None and size > window:
+        keys = slots.scatter(1, new, positions)
+        seen &= positions[:, :, None] - keys[:, None] < window
+    mask = torch.zeros(batch, 1, q, size, dtype=dtype, device=device)
+    return mask.masked_fill_(~seen[:, None], torch.finfo(dtype).min)
+
+
+def slot_mask(
+    window: int | None,
+    positions: torch.Tensor,
+    ancestors: torch.Tensor,
+    length: torch.Tensor,
+    size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`row_mask` over a view of `size` slots, (1, 1, q, size), with the length in a tensor: one graph for all lengths.
+
+    positions (1, q), ancestors (1, q, q) bool, length () long; nothing sees the slots behind the queries' own.
+    """
+    q, device = positions.shape[1], positions.device
+    slots = torch.arange(size, device=device)
+    new = slots - length
+    own = new.clamp(0, q - 1)
+    seen = (new < 0) | ((new < q) & ancestors[0][:, own])
+    if window is not None:
+        keys = torch.where(new < 0, slots, positions[0][own])
+        seen = seen & (positions[0, :, None] - keys < window)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
