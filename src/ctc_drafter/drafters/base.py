@@ -274,7 +274,8 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
     except FileNotFoundError:
         raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({error!r}).") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({reason}).") from None
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
