@@ -139,6 +139,15 @@ def plain(target: Target, ids: list[int], tokens: int, **options: Any) -> list[i
     return answer
 
 
+def first_with(target: Target, answer: list[int], stops: list[str]) -> int:
+    """How many tokens it takes until one of `stops` is in the text; all if none ever is."""
+    for n in range(1, len(answer) + 1):
+        text = target.tokenizer.decode(answer[:n], skip_special_tokens=True)
+        if any(s in text for s in stops if s):
+            return n
+    return len(answer)
+
+
 def run(target: Target, drafter: Drafter, ids: list[int], tokens: int, **options: Any) -> tuple[list[int], list[Step]]:
     """All tokens and steps of one generation, with what must hold for every one of them checked."""
     steps = list(generate(target, drafter, ids, max_new_tokens=tokens, **options))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ctc_drafter.acceptance import Chooser, Sampling, accepted_paths
 from ctc_drafter.errors import UserError
 from ctc_drafter.tree import DraftTree
+from distribution import SETTINGS, chi_square, chi_square_limit, processed
 from helpers import chain, pack
 
 # ---------------------------------------------------------------- the accepted path
@@ -78,16 +79,6 @@ CONTEXT = [5, 3, 0]
 LOGITS = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) * 1.5
 """LOGITS[u]: the target's logits after token u."""
 
-SETTINGS = {
-    "plain": Sampling(temperature=1.0),
-    "temperature": Sampling(temperature=0.6),
-    "top_k": Sampling(temperature=1.0, top_k=3),
-    "top_p": Sampling(temperature=1.2, top_p=0.8),
-    "min_p": Sampling(temperature=1.5, min_p=0.15),
-    "repetition_penalty": Sampling(temperature=0.9, repetition_penalty=1.7),
-    "all": Sampling(temperature=1.3, top_k=5, top_p=0.95, min_p=0.05, repetition_penalty=1.3),
-}
-
 TREES = {
     "most likely chain": chain([int(LOGITS[0].argmax()), int(LOGITS[LOGITS[0].argmax()].argmax())]),
     "all children": pack(list(range(VOCAB)), [-1] * VOCAB),
@@ -98,25 +89,8 @@ TREES = {
 
 
 def exact(sampling: Sampling, context: list[int]) -> list[float]:
-    """The target's processed distribution of the token after `context`, from the definitions."""
-    scores = LOGITS[context[-1]].double().tolist()
-    for token in set(context):
-        s, penalty = scores[token], sampling.repetition_penalty
-        scores[token] = s / penalty if s > 0 else s * penalty
-    scores = [s / sampling.temperature for s in scores]
-    ranked = sorted(range(VOCAB), key=lambda t: -scores[t])
-    kept = ranked[: sampling.top_k or VOCAB]
-
-    def softmax() -> dict[int, float]:
-        total = sum(math.exp(scores[t]) for t in kept)
-        return {t: math.exp(scores[t]) / total for t in kept}
-
-    p = softmax()
-    kept = [t for i, t in enumerate(kept) if i == 0 or sum(p[u] for u in kept[:i]) < sampling.top_p]
-    p = softmax()
-    kept = [t for t in kept if p[t] >= sampling.min_p * max(p.values())]
-    p = softmax()
-    return [p.get(t, 0.0) for t in range(VOCAB)]
+    """The target's processed distribution of the token after `context`."""
+    return processed(LOGITS[context[-1]].tolist(), context, sampling)
 
 
 Accept = Callable[[DraftTree, torch.Tensor], list[tuple[list[int], list[int]]]]
@@ -142,25 +116,14 @@ def statistic(sampling: Sampling, tree: DraftTree, accept: Accept, draws: int) -
     first = exact(sampling, CONTEXT)
     joint = {(a, b): first[a] * exact(sampling, [*CONTEXT, a])[b] for a, b in product(range(VOCAB), repeat=2)}
     assert all(joint[pair] > 0 for pair in counts), "a token outside the processed distribution was emitted"
-    # Rare pairs share one cell, so that the statistic follows its distribution.
-    cells = [(counts[pair], p * draws) for pair, p in joint.items() if p * draws >= 5]
-    rest = (draws - sum(c for c, _ in cells), draws - sum(e for _, e in cells))
-    if rest[1] > 1:
-        cells.append(rest)
-    return sum((c - e) ** 2 / e for c, e in cells), len(cells) - 1
-
-
-def limit(freedom: int) -> float:
-    """The 1 - 1e-5 quantile of chi-square (Wilson and Hilferty)."""
-    a = 2 / (9 * freedom)
-    return freedom * (1 - a + 4.265 * math.sqrt(a)) ** 3
+    return chi_square(counts, joint)
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("sampling", SETTINGS.values(), ids=SETTINGS)
 def test_sampled_tokens_have_the_targets_distribution(sampling: Sampling, tree: DraftTree) -> None:
-    chi_square, freedom = statistic(sampling, tree, accepted_paths, 1500)
-    assert chi_square < limit(freedom)
+    found, freedom = statistic(sampling, tree, accepted_paths, 1500)
+    assert found < chi_square_limit(freedom)
 
 
 def eager_to_accept(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[int], list[int]]]:
@@ -171,8 +134,8 @@ def eager_to_accept(tree: DraftTree, chosen: torch.Tensor) -> list[tuple[list[in
 
 
 def test_the_distribution_test_has_power() -> None:
-    chi_square, freedom = statistic(SETTINGS["plain"], TREES["equal siblings"], eager_to_accept, 1500)
-    assert chi_square > limit(freedom)
+    found, freedom = statistic(SETTINGS["plain"], TREES["equal siblings"], eager_to_accept, 1500)
+    assert found > chi_square_limit(freedom)
 
 
 def test_the_sample_does_not_depend_on_the_trees() -> None:

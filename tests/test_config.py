@@ -85,6 +85,14 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("- a", "must be a mapping of keys to values"),
         ("name: [", "cannot be read as YAML"),
         ("name: x\n1: 2", "unknown key '1'"),
+        ("name: 2001-99-99", "cannot be read as YAML"),
+        ("name: !!bool x", "cannot be read as YAML"),
+        ("name: !!timestamp x", "cannot be read as YAML"),
+        ("name: x\nsteps: " + "1" * 5000, "cannot be read as YAML"),
+        ("name: x\nrate: " + "1" * 400, "rate is too large"),
+        ("name: x\nfiles: " + "[" * 5000, "cannot be read as YAML"),
+        ("name: x\nmixture: &a {s: *a}", "refers to itself"),
+        ("c0: &c0 [1]\n" + "".join(f"c{i + 1}: &c{i + 1} [{f'*c{i},' * 4}]\n" for i in range(12)), "too large"),
     ],
 )
 def test_mistakes_are_named(text: str, match: str, tmp_path: Path) -> None:
@@ -98,6 +106,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_recipe(Recipe, tmp_path / "none.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(Recipe, tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(Recipe, "a\0b")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         load_recipe(Recipe, tmp_path / "b.yaml")

@@ -14,7 +14,19 @@ from ctc_drafter.decoding import PHASES, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
-from helpers import BUILDS, CAPABLE, Build, Scripted, always_right, equal_siblings, plain, random_tree, run, save_model
+from helpers import (
+    BUILDS,
+    CAPABLE,
+    Build,
+    Scripted,
+    always_right,
+    equal_siblings,
+    first_with,
+    plain,
+    random_tree,
+    run,
+    save_model,
+)
 
 TOKENS = 48
 
@@ -201,15 +213,6 @@ def test_limit_inside_a_run(limit: int, target: Target, prompt: list[int], answe
     assert out == answer[:limit] and steps[-1].finish == "length"
     last = steps[-1]
     assert last.accepted == (len(last.tokens) if limit not in (1, 7) else len(last.tokens) - 1)
-
-
-def first_with(target: Target, answer: list[int], stops: list[str]) -> int:
-    """How many tokens it takes until one of `stops` is in the text; all if none ever is."""
-    for n in range(1, len(answer) + 1):
-        text = target.tokenizer.decode(answer[:n], skip_special_tokens=True)
-        if any(s in text for s in stops if s):
-            return n
-    return len(answer)
 
 
 @pytest.mark.parametrize("build", [always_right, random_tree])

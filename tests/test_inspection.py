@@ -70,6 +70,9 @@ def test_damage_is_found(copy: Path) -> None:
     weights = load_file(file)
     name = next(n for n, w in weights.items() if w.is_floating_point() and w.dim() == 2)
 
+    assert not failed(told(copy))
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    assert "not the file that config.json was written with" in failed(told(copy, code=1))["digest"]
     save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, file)
     assert name in failed(told(copy, code=1))["values"]
     save_file({**weights, name: weights[name][:-1].clone(), "stranger": torch.zeros(1)}, file)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import build_target
@@ -221,6 +222,15 @@ def test_damaged_weights(target_folder: Path, tmp_path: Path) -> None:
     weights = tmp_path / "t" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     refuse(tmp_path / "t", "cannot be loaded")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite(value: float, target_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(target_folder, tmp_path / "t")
+    weights = load_file(tmp_path / "t" / "model.safetensors")
+    weights["model.norm.weight"][3] = value
+    save_file(weights, tmp_path / "t" / "model.safetensors", {"format": "pt"})
+    refuse(tmp_path / "t", "gives logits that are not finite")
 
 
 def test_drafter_given_as_target(drafter_folder: Path) -> None:

@@ -14,6 +14,8 @@ import yaml
 from .errors import UserError
 
 T = TypeVar("T")
+MAX_DEPTH, MAX_VALUES = 32, 100_000
+"""Of a recipe."""
 
 
 def load_recipe(
@@ -30,10 +32,10 @@ def load_recipe(
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = _load_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise UserError(f"Recipe '{path}' does not exist; recipes/ holds examples.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"Recipe '{path}' cannot be read as YAML: {' '.join(str(error).split())}.") from None
         if not isinstance(values, dict):
             raise UserError(f"Recipe '{path}' must be a mapping of keys to values.")
@@ -43,6 +45,25 @@ def load_recipe(
     return from_mapping(cls, values, str(path or "command line"))
 
 
+def _load_yaml(text: str) -> Any:
+    """What the text says; raises ValueError if that is not YAML, or larger than any recipe."""
+    try:
+        value = yaml.safe_load(text)
+    except Exception as error:  # beside its own errors yaml raises whatever its constructors stumble over
+        raise ValueError(str(error) or type(error).__name__) from None
+    _measure(value, MAX_DEPTH, [MAX_VALUES])
+    return value
+
+
+def _measure(value: Any, depth: int, left: list[int]) -> None:
+    """Raise ValueError if there are too many values; an alias counts as often as it is met, also inside itself."""
+    left[0] -= 1
+    if depth == 0 or left[0] < 0:
+        raise ValueError("it is nested too deeply, refers to itself, or is too large")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _measure(inner, depth - 1, left)
+
+
 def _set(cls: type, values: dict[str, Any], setting: str) -> None:
     """Put one KEY=VALUE into `values`; dots in the key lead into mappings, the value is YAML."""
     key, equals, text = setting.partition("=")
@@ -50,8 +71,8 @@ def _set(cls: type, values: dict[str, Any], setting: str) -> None:
     if not equals or not all(path):
         raise UserError(f"--set '{setting}': expected KEY=VALUE, for instance steps=100.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _load_yaml(text)
+    except ValueError as error:
         raise UserError(f"--set '{setting}': the value is not YAML ({' '.join(str(error).split())}).") from None
     known = sorted(f.name for f in dataclasses.fields(cls))
     if path[0] not in known:
@@ -111,7 +132,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where} is too large.") from None
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}.")
     return value

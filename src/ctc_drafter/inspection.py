@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from .config import from_mapping
 from .drafters import DRAFTERS, EMBEDDED_DRAFTERS, TrainableDrafter
-from .drafters.base import load_trainable
+from .drafters.base import check_digest, load_trainable
 from .errors import UserError
 from .target import EMBEDDED, Target
 from .words import byte_size, number, size
@@ -104,6 +104,7 @@ def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -
         report["kept_tokens"] = len(drafter.kept)
         _attempt(checks, "tensors", lambda: _compare(folder, drafter))
     _attempt(checks, "values", lambda: _check_values(folder, verifier.get("vocab_size")))
+    _attempt(checks, "digest", lambda: check_digest(folder, content))
     if load is not None:
         loaded = load()
         _attempt(checks, f"fits '{loaded.name}'", lambda: load_trainable(folder, loaded) and None)

@@ -313,6 +313,11 @@ class Target:
             raise UserError(
                 f"'{self.name}' ({self.config.model_type}) cannot take a tree mask, so {advice}: {reason}"
             ) from None
+        if not all(bool(got.isfinite().all()) for got, _ in pairs):
+            raise UserError(
+                f"'{self.name}' ({self.config.model_type}) gives logits that are not finite: its weights are damaged, "
+                f"or too large for {str(self.dtype).removeprefix('torch.')}."
+            )
         limit = 1e-3 if self.dtype == torch.float32 else 0.1
         if not worst < limit:
             raise UserError(

@@ -31,13 +31,24 @@ def test_id_and_category_have_defaults(tmp_path: Path) -> None:
         '{"turns": [" "]}',
         '{"turns": ["a"], "id": []}',
     ]
-    + ["[1]", "{broken", '{"turns": ["a"], "category": 3}'],
+    + ["[1]", "{broken", '{"turns": ["a"], "category": 3}', '{"turns": ["half a pair: \\ud83d"]}']
+    + ["[" * 100_000, '{"turns": ["a"], "id": ' + "1" * 5000 + "}"],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(f'{{"turns": ["fine"]}}\n{line}\n')
     with pytest.raises(UserError, match="line 2"):
         read_prompts([path])
+
+
+def test_escaped_pairs_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"turns": ["\\ud83d\\ude42", "\\\\ud83d"]}\n')
+    assert read_prompts([tmp_path / "p.jsonl"])[0].turns == ("\U0001f642", "\\ud83d")
+
+
+def test_a_path_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(["a\0b"])
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

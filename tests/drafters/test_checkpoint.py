@@ -185,6 +185,31 @@ def test_other_weights_than_the_config_says(change: str, copy: Path, target: Tar
     assert "blank" in refused(copy, target)
 
 
+def test_weights_that_are_not_numbers(copy: Path, target: Target) -> None:
+    weights = copy / "model.safetensors"
+    save_file({**load_file(weights), "blank": torch.full((1, target.hidden_size), torch.nan)}, weights)
+    assert "blank holds numbers that are not finite" in refused(copy, target)
+
+
+@pytest.mark.parametrize("kept", [[3, 2], [1, 1], [-1, 2], [5, 10**6]])
+def test_kept_tokens_that_are_none(kept: list[int], target: Target, tmp_path: Path) -> None:
+    build_drafter(tmp_path / "d", target, vocabulary=2)
+    weights = tmp_path / "d" / "model.safetensors"
+    save_file({**load_file(weights), "kept": torch.tensor(kept)}, weights)
+    assert "kept does not name tokens of the target" in refused(tmp_path / "d", target)
+
+
+def test_a_flipped_bit_is_noticed(copy: Path, target: Target) -> None:
+    """A weight that is a little off, which nothing else could tell."""
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1
+    weights.write_bytes(content)
+    assert "not the file that config.json was written with" in refused(copy, target)
+    edit(copy, lambda c: c.pop("weights_sha256"))
+    load_drafter(str(copy), target)
+
+
 class Canary:
     def __init__(self, path: Path) -> None:
         self.path = path

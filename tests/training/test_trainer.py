@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -230,6 +231,12 @@ def test_state_without_its_step(recipe: TrainConfig) -> None:
 )
 def test_impossible_recipes(change: dict[str, Any], match: str, recipe: TrainConfig) -> None:
     assert match in refused(replace(recipe, **change))
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -1.0])
+def test_impossible_rates(rate: float, recipe: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        replace(recipe, lr_matrix=rate)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from torch import nn
 
 from ..config import from_mapping
 from ..errors import UserError
-from ..files import write_folder
+from ..files import file_digest, write_folder
 from ..target import Target
 from ..tree import DraftTree
 
 Registry = dict[str, type["Drafter"]]
 DRAFTERS: Registry = {}
+WEIGHTS = "model.safetensors"
 IGNORE = -100
 """Label of a position that carries no loss."""
 
@@ -163,8 +164,9 @@ class TrainableDrafter(Drafter):
         weights = {name: _stored(p, dtype) for name, p in self.state_dict().items()}
 
         def write(aside: Path) -> None:
-            (aside / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-            save_file(weights, aside / "model.safetensors")
+            save_file(weights, aside / WEIGHTS)
+            content = {**config, "weights_sha256": file_digest(aside / WEIGHTS)}
+            (aside / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
         write_folder(Path(folder), write)
 
@@ -219,6 +221,15 @@ class TrainableDrafter(Drafter):
         """The target's LM head on the kept tokens: (K, hidden_size)."""
         return self.target.head.weight[self.kept]
 
+    def check_weights(self) -> None:
+        """Raise ValueError if a weight is not finite, or the kept tokens are not ascending tokens of the target."""
+        for name, weight in self.state_dict().items():
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"{name} holds numbers that are not finite")
+        kept = self.kept
+        if int(kept.min()) < 0 or int(kept.max()) >= self.target.vocab_size or bool((kept[1:] <= kept[:-1]).any()):
+            raise ValueError("kept does not name tokens of the target in ascending order")
+
     def prepare(self) -> None:
         """Called once after loading, on the target's device and dtype: derive inference-only tables."""
         self._index_kept()
@@ -236,7 +247,7 @@ def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
     """
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["speculators_model_type"]
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS)
         if kind != drafter.kind:
             raise ValueError(f"it holds a drafter of kind '{kind}', not '{drafter.kind}'")
         drafter.load_state_dict({**weights, "kept": drafter.kept})
@@ -256,7 +267,8 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
     except FileNotFoundError:
         raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({error!r}).") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({reason}).") from None
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
@@ -267,13 +279,25 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
         for p in drafter.parameters():
             p.fill_(torch.nan)  # a weight that is not loaded must show
     try:
-        drafter.load_state_dict(load_file(folder / "model.safetensors"))
+        drafter.load_state_dict(load_file(folder / WEIGHTS))
+        drafter.check_weights()
+        check_digest(folder, content)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{folder / 'model.safetensors'}' is damaged or does not fit its config: {reason}") from None
+        raise UserError(f"'{folder / WEIGHTS}' is damaged or does not fit its config: {reason}") from None
     drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
     drafter.prepare()
     return drafter
+
+
+def check_digest(folder: Path, content: dict[str, Any]) -> str:
+    """Raise ValueError if the weights are not those that the config was written with; returns what was found."""
+    digest = content.get("weights_sha256")
+    if digest is None:
+        return "the config has none"
+    if digest != file_digest(folder / WEIGHTS):
+        raise ValueError("it is not the file that config.json was written with")
+    return "the weights are those that the config was written with"
 
 
 def _check_target(folder: Path, verifier: dict[str, Any], target: Target) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
-from ..files import write_folder, write_text
+from ..files import file_digest, write_folder, write_text
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -57,7 +57,8 @@ def save_training_state(
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / "state.safetensors")
-        (folder / "state.json").write_text(json.dumps(meta, indent=1))
+        digest = file_digest(folder / "state.safetensors")
+        (folder / "state.json").write_text(json.dumps({**meta, "sha256": digest}, indent=1))
 
     write_folder(path, write)
 
@@ -74,16 +75,23 @@ def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimiz
     """Copy a state written by `save_training_state` into `weights` and `optimizers` in place; return its meta."""
     try:
         meta: dict[str, Any] = json.loads((path / "state.json").read_text())
-        if not {"step", "history"} <= meta.keys():
+        if not (isinstance(meta.get("step"), int) and isinstance(meta.get("history"), list)):
             raise ValueError("state.json lacks step or history")
+        if meta.pop("sha256", None) not in (None, file_digest(path / "state.safetensors")):
+            raise ValueError("state.safetensors is not the file that state.json was written with")
         tensors = load_file(path / "state.safetensors")
         with torch.no_grad():
             for name, tensor in weights.items():
                 tensor.copy_(tensors[f"weight/{name}"])
+        _load_optimizers(tensors, optimizers)
     except Exception as error:
         raise UserError(
             f"Training state '{path}' does not fit or is damaged ({error}); remove it to start anew."
         ) from None
+    return meta
+
+
+def _load_optimizers(tensors: Mapping[str, torch.Tensor], optimizers: Optimizers) -> None:
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
@@ -91,4 +99,3 @@ def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimiz
                 _, _, index, key = name.split("/")
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return meta

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ class TrainConfig:
             raise ValueError(
                 "accumulate and evaluate_tokens must be at least 1, evaluate_prompts and evaluate_budget at least 0"
             )
+        if not all(0 <= rate < math.inf for rate in (self.lr_matrix, self.lr_other, self.weight_decay)):
+            raise ValueError("lr_matrix, lr_other and weight_decay must be finite and not negative")
         if not 0 <= self.held_out < 1:
             raise ValueError("held_out is a share, at least 0 and below 1")
         if not 0 <= self.ema < 1:

@@ -33,6 +33,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {line_number}: expected a JSON object.")
+                if "\\ud" in line.lower():  # half of an escaped pair is no character, and no tokenizer takes it
+                    json.dumps(row, ensure_ascii=False).encode()
                 yield line_number, row
     except FileNotFoundError:
         raise UserError(f"File '{path}' does not exist.") from None
@@ -40,6 +42,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}, line {line_number}: not valid JSON ({error.msg}).") from None
     except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}, after line {line_number}: cannot be read ({error}).") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets, a NUL in the path
+        reason = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else error
+        raise UserError(f"{path}, line {line_number}: cannot be read ({reason}).") from None
     except OSError as error:
         raise UserError(f"File '{path}' cannot be read ({error.strerror or error}).") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -61,10 +62,10 @@ class DistillConfig:
     """Seconds without an answer after which a request is sent again."""
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.max_new_tokens, self.max_prompt_tokens) < 1 or self.limit < 0 or self.temperature < 0:
-            raise ValueError(
-                "batch, max_new_tokens and max_prompt_tokens must be positive, limit and temperature not negative"
-            )
+        if min(self.batch, self.max_new_tokens, self.max_prompt_tokens) < 1 or self.limit < 0:
+            raise ValueError("batch, max_new_tokens and max_prompt_tokens must be positive, limit not negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError("temperature must be finite and not negative")
         if self.concurrency < 1 or not self.request_timeout > 0:
             raise ValueError("concurrency must be at least 1, request_timeout more than 0")
         if self.api_base is None and (self.api_key_env or self.api_model or self.api_chat):
@@ -112,10 +113,9 @@ def _distill(config: DistillConfig, output: Path, done: set[str]) -> Path:
             rows = _local_answers(target, prompts, done, config)
         output.parent.mkdir(parents=True, exist_ok=True)
         total, began = 0, time.monotonic()
-        with output.open("a", encoding="utf-8") as out, closing(rows):
+        with closing(rows):
             for group in rows:
-                out.write("".join(json.dumps(row) + "\n" for row in group))
-                out.flush()
+                _append(output, "".join(json.dumps(row) + "\n" for row in group).encode())
                 total += sum(len(row["answer_ids"]) for row in group)
                 rate = total / max(time.monotonic() - began, 1e-3)
                 progress.update(task, advance=len(group), tokens=f"{total:,}", rate=f"{rate:,.0f}")
@@ -149,6 +149,24 @@ def _local_answers(
                 prompt.row(answer, target.tokenizer.decode(answer, skip_special_tokens=True))
                 for prompt, answer in zip(group, answers)
             ]
+
+
+def _append(output: Path, lines: bytes) -> None:
+    """Add lines to the file: all of them or, on a full disk, none. Raises UserError then."""
+    try:
+        with output.open("ab", buffering=0) as out:
+            size = out.tell()
+            try:
+                written = 0
+                while written < len(lines):
+                    written += out.write(lines[written:])
+            except OSError:
+                out.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"'{output}' could not be written ({error.strerror or error}); the answers in it are kept, a rerun goes on."
+        ) from None
 
 
 def _finished(output: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ def locked(path: Path) -> Iterator[None]:
                 pass  # it changed hands meanwhile
         finally:
             aside.unlink(missing_ok=True)
+        _sweep(path)
     except OSError as error:
         raise UserError(f"Lock file '{path}' could not be written ({error.strerror or error}).") from None
     try:
@@ -43,6 +45,14 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             if _owner(path.read_text(encoding="utf-8")) == mine:
                 path.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed on their way to the lock have left beside it."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(OSError):
+            if not _alive(_owner(aside.read_text(encoding="utf-8"))):
+                aside.unlink()
 
 
 def _create(aside: Path, path: Path) -> bool:
