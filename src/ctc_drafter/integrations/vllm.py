@@ -83,7 +83,10 @@ class CTCProposer:
             raise UserError(f"There is no drafter '{self.options.drafter}': give a checkpoint folder, ctc or paper.")
         cls, config, _ = read_config(folder)
         if not issubclass(cls, SlotDrafter):
-            raise UserError(f"Drafters of kind '{cls.kind}' cannot run in vLLM; those that fill all slots at once can.")
+            raise UserError(
+                f"Drafter '{self.options.drafter}' is of kind '{cls.kind}', which cannot run in vLLM; those that fill "
+                "all slots at once can (ctc, parallel, medusa)."
+            )
         self.layers: tuple[int, ...] = tuple(config.feature_layers)
         # vLLM keeps compiled models under a hash of its configuration; which layers are handed out must be part of it.
         vllm_config.additional_config[f"{KEY}_layers"] = list(self.layers)
