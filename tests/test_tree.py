@@ -127,3 +127,28 @@ def test_stacked_trees_keep_their_rows():
     again = DraftTree.stack(stacked.split())
     assert torch.equal(again.tokens, stacked.tokens) and torch.equal(again.parents, stacked.parents)
     assert DraftTree.stack([DraftTree.empty(1)] * 2).tokens.shape == (2, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.randoms(use_true_random=False))
+def test_no_path_is_expected_to_be_accepted_further_than_the_best(parents, random):
+    tree = tree_of(parents)
+    tokens = torch.arange(tree.tokens.numel()).view(tree.tokens.shape)
+    probs: list[list[float]] = []
+    for row in parents:
+        probs.append([])
+        for parent in row:  # never more than its parent's
+            probs[-1].append(random.choice([0.0, random.random()]) * (probs[-1][parent] if parent >= 0 else 1.0))
+    tree = DraftTree(tokens, tree.parents, tree.depths, torch.tensor(probs).log().view(tokens.shape))
+    for path, row, chances, names in zip(tree.best_paths(), parents, probs, tokens.tolist(), strict=True):
+        worths = {}
+        for node, parent in enumerate(row):
+            worths[node] = chances[node] + worths.get(parent, 0.0)
+        nodes = [names.index(token) for token in path]
+        assert [row[node] for node in nodes] == [-1, *nodes][: len(nodes)]
+        assert sum(chances[node] for node in nodes) == pytest.approx(max([0.0, *worths.values()]))
+
+
+def test_best_paths_need_probabilities():
+    with pytest.raises(ValueError, match="log_probs"):
+        tree_of([[-1, 0]]).best_paths()

@@ -97,6 +97,17 @@ class DraftTree:
         """Position of root and nodes relative to the root: (B, M+1) long, the root's 0 first."""
         return torch.nn.functional.pad(self.depths, (1, 0))
 
+    def best_paths(self) -> list[list[int]]:
+        """For each row the tokens of the path from the root with the largest expected accepted length.
+
+        That is the sum of the probabilities of its nodes, so the path goes on as long as the tree does; padding is no
+        part of it. Raises ValueError without ``log_probs``. Syncs with the device.
+        """
+        if self.log_probs is None:
+            raise ValueError("best_paths needs a tree with log_probs")
+        rows = zip(self.tokens.tolist(), self.parents.tolist(), self.log_probs.float().exp().tolist())
+        return [_best_path(*row) for row in rows]
+
     def check(self) -> None:
         """Raise ValueError, with the reason, if the tensors do not describe a tree. Syncs with the device."""
         shape = self.tokens.shape
@@ -116,6 +127,20 @@ class DraftTree:
             raise ValueError("a parent must be -1 (the root) or come before its child")
         if not torch.equal(self.offsets().gather(1, self.parents + 1) + 1, self.depths):
             raise ValueError("a node's depth must be its parent's depth + 1")
+
+
+def _best_path(tokens: list[int], parents: list[int], probs: list[float]) -> list[int]:
+    worth: list[float] = []
+    for parent, prob in zip(parents, probs):
+        worth.append(prob + (worth[parent] if parent != ROOT else 0.0))
+    node = max(range(len(worth)), key=worth.__getitem__, default=ROOT)
+    if node != ROOT and worth[node] <= 0:
+        return []
+    path: list[int] = []
+    while node != ROOT:
+        path.append(tokens[node])
+        node = parents[node]
+    return path[::-1]
 
 
 def _padded(row: Tensor, budget: int, fill: int) -> Tensor:

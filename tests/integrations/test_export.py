@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from conftest import TEXTS
+from conftest import TEXTS, build_drafter
 from ctc_drafter.cli import app
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.target import Target
@@ -59,11 +61,11 @@ def test_transformers_uses_the_folder(target_folder: Path, drafter_folder: Path,
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr
 
 
-@pytest.mark.parametrize("to", ["transformers", "speculators"])
+@pytest.mark.parametrize("to", ["transformers", "speculators", "vllm"])
 def test_an_export_is_a_drafter(to: str, target: Target, drafter_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, text = run_export(drafter_folder, "--to", to, "--output", out)
-    assert code == 0 and (to == "transformers" or "not tried" in text)
+    assert code == 0 and (to != "speculators" or "not tried" in text)
     assert load_drafter(str(out), target).num_parameters == load_drafter(str(drafter_folder), target).num_parameters
     content = json.loads((out / "config.json").read_text())
     assert {"speculators_model_type", "architectures", "speculators_config"} <= content.keys()
@@ -74,7 +76,19 @@ def test_an_export_is_a_drafter(to: str, target: Target, drafter_folder: Path, t
     assert run_export(drafter_folder, "--to", to, "--output", out, "--overwrite")[0] == 0
 
 
-def test_what_is_refused(target_folder: Path, drafter_folder: Path, tmp_path: Path) -> None:
+def test_vllm_is_told_where_the_drafter_is(drafter_folder: Path, tmp_path: Path) -> None:
+    code, text = run_export(drafter_folder, "--to", "vllm", "--output", tmp_path / "out")
+    assert code == 0 and "vllm serve TARGET --config" in text
+    config = yaml.safe_load((tmp_path / "out" / "vllm.yaml").read_text())
+    assert config["additional-config"] == {"ctc_drafter": {"drafter": str(tmp_path / "out")}}
+    assert config["speculative-config"]["num_speculative_tokens"] == 4
+    module, name = config["speculative-config"]["model"].rsplit(".", 1)
+    assert callable(getattr(import_module(module), name))
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert all(json.dumps(part) in page for part in config.values())
+
+
+def test_what_is_refused(target: Target, target_folder: Path, drafter_folder: Path, tmp_path: Path) -> None:
     mine, file, damaged = tmp_path / "mine", tmp_path / "file", Path(shutil.copytree(drafter_folder, tmp_path / "d"))
     other = Path(shutil.copytree(drafter_folder, tmp_path / "other"))
     mine.mkdir()
@@ -83,8 +97,8 @@ def test_what_is_refused(target_folder: Path, drafter_folder: Path, tmp_path: Pa
     (damaged / "model.safetensors").write_bytes(b"")
     out = tmp_path / "out"
     cases: list[tuple[tuple[object, ...], str]] = [
-        ((drafter_folder, "--to", "vllm", "--output", out), "not supported yet"),
-        ((drafter_folder, "--to", "elsewhere", "--output", out), "transformers or speculators"),
+        ((build_drafter(tmp_path / "eagle", target, "eagle"), "--to", "vllm", "--output", out), "cannot run in vLLM"),
+        ((drafter_folder, "--to", "elsewhere", "--output", out), "transformers, speculators, vllm"),
         ((target_folder, "--to", "transformers", "--output", out), "not a drafter"),
         ((damaged, "--to", "transformers", "--output", out), "damaged"),
         ((tmp_path / "no", "--to", "transformers", "--output", out), "no file or folder"),

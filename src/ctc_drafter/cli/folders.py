@@ -53,7 +53,7 @@ def inspect(
 @command
 def export(
     drafter: Annotated[str, typer.Argument(help="Drafter folder, `ctc` or `paper`.")],
-    to: Annotated[str, typer.Option("--to", help="transformers or speculators.")],
+    to: Annotated[str, typer.Option("--to", help="transformers, speculators or vllm.")],
     output: Annotated[Path, typer.Option("--output", help="Folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:

@@ -31,11 +31,17 @@ __all__ = [
     "ParallelConfig",
     "ParallelDrafter",
     "TrainableDrafter",
+    "drafter_folder",
     "load_drafter",
     "register",
 ]
 
 EMBEDDED_DRAFTERS = ("ctc", "paper")
+
+
+def drafter_folder(name: str) -> Path:
+    """The folder of an embedded drafter, or that of the given path, which need not exist."""
+    return EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
 
 
 def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
@@ -47,7 +53,7 @@ def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
     kind = DRAFTERS.get(name)
     if kind is not None and not issubclass(kind, TrainableDrafter):
         return kind()
-    folder = EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
+    folder = drafter_folder(name)
     if not folder.is_dir():
         known = ", ".join(("none", "lookup", *EMBEDDED_DRAFTERS))
         raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {known}.")

@@ -165,6 +165,16 @@ class DraftModule(nn.Module):
         self._keys_values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self._length = 0
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` pairs in all; those that are there stay."""
+        missing = capacity + self.slots - self._keys_values.shape[4]
+        if missing > 0:
+            self._keys_values = F.pad(self._keys_values, (0, 0, 0, missing))
+
+    def rewind(self, length: int) -> None:
+        """Forget all pairs but the first `length`."""
+        self._length = length
+
     def step(self, context: torch.Tensor) -> torch.Tensor:
         """Append context (1, n, width) to the cache and run the slots after it: (1, N, width), for a head of `fold`."""
         start, n = self._length, context.shape[1]

@@ -256,8 +256,11 @@ def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
         raise UserError(f"Drafter '{folder}' cannot be trained on from: {reason}") from None
 
 
-def load_trainable(folder: Path, target: Target) -> Drafter:
-    """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
+def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Class and config of the drafter in a folder, and what it says of its target; no weight is read.
+
+    Raises UserError if the config is damaged or of an unknown kind.
+    """
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
@@ -272,8 +275,14 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
+    return cls, from_mapping(cls.config_class, fields, str(folder / "config.json")), made_for
+
+
+def load_trainable(folder: Path, target: Target) -> Drafter:
+    """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
+    cls, config, made_for = read_config(folder)
     _check_target(folder, made_for, target)
-    drafter: TrainableDrafter = cls(from_mapping(cls.config_class, fields, str(folder / "config.json")), target)
+    drafter: TrainableDrafter = cls(config, target)
     target.check_layers(drafter.feature_layers)
     with torch.no_grad():
         for p in drafter.parameters():

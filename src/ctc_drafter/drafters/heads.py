@@ -41,6 +41,12 @@ class HeadsModule(nn.Module):
     def start(self, capacity: int, like: torch.Tensor) -> None:
         """There is no cache."""
 
+    def reserve(self, capacity: int) -> None:
+        """There is no cache."""
+
+    def rewind(self, length: int) -> None:
+        """There is no cache."""
+
     def step(self, context: torch.Tensor) -> torch.Tensor:
         """Slots after the newest feature of context (1, n, width): (1, N, width)."""
         return self._slots(context[:, -1])

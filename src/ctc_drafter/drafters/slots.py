@@ -151,6 +151,14 @@ class SlotDrafter(TrainableDrafter):
     def start(self, capacity: int) -> None:
         self.module.start(capacity, self.target.embedding.weight)
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` positions in all where `start` said fewer; those that are there stay."""
+        self.module.reserve(capacity)
+
+    def rewind(self, length: int) -> None:
+        """Forget all positions but the first `length`, as if no more had come."""
+        self.module.rewind(length)
+
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
         context = self.module.read(features, self.target.embedding(next_tokens))

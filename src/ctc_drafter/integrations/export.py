@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import __version__
+from ..drafters import DRAFTERS
+from ..drafters.slots import SlotDrafter
 from ..errors import UserError
 from ..files import write_folder
 from ..inspection import inspect_path, is_well
@@ -53,23 +58,47 @@ no code to run it. The folder was not tried with the library. `ctc-drafter` read
 """
 
 
+VLLM_PAGE = """# A drafter for {target}, to run in vLLM
+
+```bash
+pip install 'ctc-drafter[vllm]'
+vllm serve TARGET --config {folder}/vllm.yaml
+```
+
+TARGET is the folder or hub name of {target}. `vllm.yaml` names this folder by its place; after moving it, change
+`drafter` there. It says what these two arguments would:
+
+```
+--speculative-config '{speculative}'
+--additional-config '{additional}'
+```
+"""
+
+
 def export(drafter: str | Path, to: str, output: Path, *, overwrite: bool = False) -> str:
-    """Write `drafter` to the folder `output` for `to`, transformers or speculators; returns what to tell the user.
+    """Write `drafter` to the folder `output` for transformers, speculators or vllm; returns what to tell the user.
 
     Only an earlier export or an empty folder is overwritten. Raises UserError for a damaged drafter, for an existing
     folder without `overwrite`, and for what is not supported.
     """
-    writers: dict[str, Callable[[Path, Any, Path], None]] = {"transformers": _transformers, "speculators": _speculators}
-    if to == "vllm":
-        raise UserError("Export to vLLM is not supported yet; `ctc-drafter serve` answers the same API.")
+    writers: dict[str, Callable[[Path, Any, Path], None]] = {
+        "transformers": _transformers,
+        "speculators": _speculators,
+        "vllm": _vllm,
+    }
     if to not in writers:
-        raise UserError(f"--to must be {' or '.join(writers)}, not '{to}'.")
+        raise UserError(f"--to must be one of {', '.join(writers)}, not '{to}'.")
     report = inspect_path(drafter, _no_target)
     if report["what"] != "drafter":
         raise UserError(f"'{drafter}' is a {report['what']}, not a drafter.")
     if not is_well(report):
         bad = "; ".join(f"{check['name']}: {check['note']}" for check in report["checks"] if not check["ok"])
         raise UserError(f"Drafter '{drafter}' is damaged and is not exported ({bad}).")
+    if to == "vllm" and not issubclass(DRAFTERS[report["kind"]], SlotDrafter):
+        raise UserError(
+            f"'{drafter}' is of kind '{report['kind']}', which cannot run in vLLM; those that fill all slots at once "
+            "can (ctc, parallel, medusa)."
+        )
     folder = Path(report["path"])
     _check_output(folder, output, overwrite)
 
@@ -85,6 +114,7 @@ def export(drafter: str | Path, to: str, output: Path, *, overwrite: bool = Fals
             "The config has the fields of the convention; it was not tried with the speculators library, "
             f"which has no code of its own for this module (kind '{report['kind']}')."
         ),
+        "vllm": f"`vllm serve TARGET --config {output / 'vllm.yaml'}` runs it.",
     }
     return f"Exported: {output}. {notes[to]}"
 
@@ -122,4 +152,25 @@ def _transformers(aside: Path, report: Any, output: Path) -> None:
 
 def _speculators(aside: Path, report: Any, output: Path) -> None:
     page = SPECULATORS_PAGE.format(kind=report["kind"], target=report["target"]["name_or_path"])
+    (aside / "README.md").write_text(page, encoding="utf-8")
+
+
+def vllm_config(drafter: str, longest: int) -> dict[str, dict[str, Any]]:
+    """The arguments with which vLLM runs a drafter that proposes up to `longest` tokens."""
+    proposer = {"method": "custom_class", "model": "ctc_drafter.integrations.vllm.CTCProposer"}
+    return {
+        "speculative-config": {**proposer, "num_speculative_tokens": longest},
+        "additional-config": {"ctc_drafter": {"drafter": drafter}},
+    }
+
+
+def _vllm(aside: Path, report: Any, output: Path) -> None:
+    content = json.loads((aside / "config.json").read_text(encoding="utf-8"))
+    longest = content["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    config = vllm_config(str(output.resolve()), longest)
+    (aside / "vllm.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    speculative, additional = (json.dumps(part) for part in config.values())
+    page = VLLM_PAGE.format(
+        target=report["target"]["name_or_path"], folder=output.name, speculative=speculative, additional=additional
+    )
     (aside / "README.md").write_text(page, encoding="utf-8")

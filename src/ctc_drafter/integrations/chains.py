@@ -1,0 +1,97 @@
+"""Draft chains for the requests of another engine, which tells after each of its passes what it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..drafters.slots import SlotDrafter
+
+MIN_CAPACITY = 256
+"""Positions that a request's context has room for at first; it doubles when they are full."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass of the target computed for one request, without the positions of rejected drafts.
+
+    features: (n, F * hidden_size), those of the positions start .. start + n - 1; next_tokens: (n,), the tokens at
+    start + 1 .. start + n, on the features' device; longest: the longest chain that is of use now, 0 if none is.
+    """
+
+    request: str
+    start: int
+    features: torch.Tensor
+    next_tokens: torch.Tensor
+    longest: int
+
+
+@dataclass
+class Context:
+    """A twin of the drafter that has read the positions begin .. end - 1 of one request."""
+
+    drafter: SlotDrafter
+    begin: int
+    end: int
+    capacity: int
+
+
+class ChainDrafter:
+    """Keeps a drafter context for each request and drafts one chain each: the best path of the best tree.
+
+    A pass that starts before the end of what was read (after a preemption) rewinds the context. One that starts behind
+    it (its prefix was found in the engine's cache, so that no features of it were computed) begins a new context there:
+    the drafter then sees less, which can cost accepted tokens and nothing else.
+    """
+
+    def __init__(self, drafter: SlotDrafter, budget: int, max_context: int) -> None:
+        """budget: nodes of the tree whose best path is drafted; max_context: positions of the longest request."""
+        self.drafter, self.budget, self.max_context = drafter, budget, max_context
+        self._contexts: dict[str, Context] = {}
+
+    def __len__(self) -> int:
+        """Requests that have a context."""
+        return len(self._contexts)
+
+    def keep_only(self, requests: Collection[str]) -> None:
+        """Drop the contexts of all other requests."""
+        for request in [r for r in self._contexts if r not in requests]:
+            del self._contexts[request]
+
+    def draft(self, passes: Sequence[Pass]) -> list[list[int]]:
+        """Read what the target computed, all requests in one run of the module; a chain for each, maybe empty."""
+        chains: list[list[int]] = [[] for _ in passes]
+        if not passes:
+            return chains
+        twins = [self._context_for(p).drafter for p in passes]
+        pairs = [(p.features[None], p.next_tokens[None]) for p in passes]
+        # Alone, `draft` is the faster way to the same.
+        guesses: list[Any] = (
+            [twins[0].draft(*pairs[0])] if len(passes) == 1 else self.drafter.draft_together(twins, pairs)
+        )
+        wanted = [i for i, p in enumerate(passes) if p.longest > 0]
+        if wanted:
+            trees = self.drafter.trees_together([twins[i] for i in wanted], [guesses[i] for i in wanted], self.budget)
+            for i, tree in zip(wanted, trees):
+                chains[i] = tree.best_paths()[0][: passes[i].longest]
+        return chains
+
+    def _context_for(self, new: Pass) -> Context:
+        """The context of the request, rewound to where the pass starts and with room for what it brings."""
+        count = len(new.next_tokens)
+        context = self._contexts.get(new.request)
+        if context is None or not context.begin <= new.start <= context.end:
+            context = Context(self.drafter.twin(), new.start, new.start, 0)
+            self._contexts[new.request] = context
+        if new.start < context.end:
+            context.drafter.rewind(new.start - context.begin)
+        context.end = new.start + count
+        size = context.end - context.begin
+        if size > context.capacity:
+            first = not context.capacity
+            context.capacity = min(self.max_context, max(MIN_CAPACITY, 1 << (size - 1).bit_length()))
+            (context.drafter.start if first else context.drafter.reserve)(context.capacity)
+        return context

