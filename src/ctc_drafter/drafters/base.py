@@ -257,7 +257,7 @@ def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
 
 
 def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Class and config of the drafter in a folder, and what it says of its target; no weight is read.
+    """Class and config of the drafter in a folder, and all that its config.json says; no weight is read.
 
     Raises UserError if the config is damaged or of an unknown kind.
     """
@@ -266,7 +266,8 @@ def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
         fields = dict(content["drafter"])
         cls: Any = DRAFTERS.get(kind)
-        made_for = {key: verifier.get(key) for key in ("name_or_path", "hidden_size", "vocab_size", "probe")}
+        if not isinstance(verifier, dict):
+            raise TypeError("verifier is not a mapping")
     except FileNotFoundError:
         raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -275,13 +276,13 @@ def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
-    return cls, from_mapping(cls.config_class, fields, str(folder / "config.json")), made_for
+    return cls, from_mapping(cls.config_class, fields, str(folder / "config.json")), content
 
 
 def load_trainable(folder: Path, target: Target) -> Drafter:
     """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
-    cls, config, made_for = read_config(folder)
-    _check_target(folder, made_for, target)
+    cls, config, content = read_config(folder)
+    _check_target(folder, content["speculators_config"]["verifier"], target)
     drafter: TrainableDrafter = cls(config, target)
     target.check_layers(drafter.feature_layers)
     with torch.no_grad():
