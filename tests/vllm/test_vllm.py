@@ -24,7 +24,7 @@ ENGINE = Path(__file__).with_name("engine.py")
 LONG = {"preface": True, "questions": 6, "tokens": 40, "engine": {"block_size": 32}}
 EDGE = {"questions": 3, "tokens": 200, "engine": {"max_model_len": 80}}
 PIECES = {"max_num_batched_tokens": 9, "enable_prefix_caching": False}
-FEW_BLOCKS = {"num_gpu_blocks_override": 12, "block_size": 32}
+FEW_BLOCKS = {"num_gpu_blocks_override": 12, "block_size": 32, "max_model_len": 128}
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"drafter": None},
@@ -40,8 +40,8 @@ RUNS: dict[str, dict[str, Any]] = {
 Result = dict[str, Any]
 
 
-def environment(**others: str) -> dict[str, str]:
-    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **others}
+def environment() -> dict[str, str]:
+    return {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
