@@ -82,6 +82,14 @@ def test_the_table_is_sorted_by_speedup_and_says_what_is_wrong(write: Write, tmp
     assert "No method is faster" in page(slow, output=tmp_path / "alone")
 
 
+def test_what_is_wrong_with_all_is_said_once(write: Write, tmp_path: Path) -> None:
+    files = [write("ctc", budget, seconds, identical=False) for budget, seconds in ((8, 0.5), (16, 2.0))]
+    text = page(*files, output=tmp_path / "out")
+    assert text.count("not identical to plain decoding") == 1 and "- All: **not identical" in text
+    assert "- `ctc`, budget 16: **slower than plain decoding** (0.500 times its speed).\n" in text
+    assert "`ctc`, budget 8:" not in text
+
+
 def test_the_head_says_what_was_measured_where(write: Write, tmp_path: Path) -> None:
     head = page(write("ctc", 8), output=tmp_path / "out").split("## Methods")[0]
     for fact in ("Command: `ctc-drafter", "Machine:", "torch", "Git commit:", "tiny (12.0 M parameters), float32"):

@@ -162,9 +162,13 @@ def remarks(comparison: Comparison) -> Iterator[str]:
     else:
         yield "- **No method is faster than plain decoding.**"
     entries = [entry for group in comparison.methods().values() for entry in group]
-    for entry in entries:
-        if flaws := "; ".join(_flaws(entry)):
-            yield f"- `{entry.method}`, budget {entry.budget}: {flaws}."
+    flaws = [list(_flaws(entry)) for entry in entries]
+    shared = [flaw for flaw in flaws[0] if len(entries) > 1 and all(flaw in others for others in flaws)]
+    if shared:
+        yield f"- All: {'; '.join(shared)}."
+    for entry, found in zip(entries, flaws):
+        if own := "; ".join(flaw for flaw in found if flaw not in shared):
+            yield f"- `{entry.method}`, budget {entry.budget}: {own}."
     on_gpu = [e.content["arguments"] for e in entries if str(e.content["target"]["device"]).startswith("cuda")]
     if not all(arguments.get("profile") for arguments in on_gpu):
         yield "- On a GPU the phases of a step are told apart only with `bench --profile`; here some were not."
