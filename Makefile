@@ -1,4 +1,5 @@
 # make demo    see it work            make test    run the tests (test-all: the slow ones too)
+# make prove   nothing is lost, in full   make faults    nothing breaks it; writes docs/reliability.md
 # make lint    ruff                   make type    mypy
 # make bench   measure the README's figures again (an hour)
 # make embedded    train the shipped target and drafters again (hours)
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint type check bench serving fuzz embedded clean
+.PHONY: demo test test-all prove faults lint type check bench serving fuzz embedded clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -24,6 +25,15 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# That no word changes: every family and drafter against model.generate, samples against exact distributions.
+prove: $(STAMP)
+	$(BIN)/python -m pytest tests/prove tests/test_acceptance.py $(ARGS)
+
+# Fuzzing, damage, kills, full disks; writes what was survived. atheris has no wheels for some versions of Python.
+faults: $(STAMP)
+	@$(PIP) atheris || echo "atheris cannot be installed here; the coverage-guided part is left out"
+	$(BIN)/python -m pytest tests/faults --reliability docs/reliability.md $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks recipes
