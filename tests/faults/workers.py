@@ -1,0 +1,112 @@
+"""Commands in processes of their own, that are killed, on disks that are full, in folders that cannot be written.
+
+The processes are forked from one that has imported everything, so that starting one takes little.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NEW_MOUNTS = 0x20000  # CLONE_NEWNS
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+"""What Python announces before it touches a file system."""
+
+CONTEXT: Any = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ctc_drafter.training.trainer", "ctc_drafter.training.distill", "typer.testing"])
+
+
+@dataclass
+class Outcome:
+    """How a command ended, and the names of what it left in its folder (with their sizes)."""
+
+    code: int
+    stderr: str
+    events: int
+    left: dict[str, int]
+
+    @property
+    def last_line(self) -> str:
+        return self.stderr.strip().splitlines()[-1] if self.stderr.strip() else ""
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def start(line: list[str], folder: Path, kill_at: int = 0, disk: int | None = None) -> tuple[Any, Any]:
+    """A process that runs the command `line`, and the pipe on which its Outcome comes.
+
+    kill_at: it kills itself before this event in `folder`; disk: the folder is a disk of so many KiB, or, for 0, one
+    that cannot be written.
+    """
+    mine, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_work, args=(line, str(folder), kill_at, disk, theirs))
+    process.start()
+    theirs.close()
+    return process, mine
+
+
+def outcome_of(process: Any, pipe: Any) -> Outcome | None:
+    """Wait for it; None if it was killed."""
+    try:
+        outcome: Outcome | None = pipe.recv()
+    except EOFError:
+        outcome = None
+    process.join()
+    assert outcome is not None or process.exitcode == -signal.SIGKILL
+    return outcome
+
+
+def run(line: list[str], folder: Path, **options: Any) -> Outcome | None:
+    return outcome_of(*start(line, folder, **options))
+
+
+def _work(line: list[str], folder: str, kill_at: int, disk: int | None, pipe: Any) -> None:
+    import torch
+    from typer.testing import CliRunner
+
+    from ctc_drafter.cli import app
+
+    torch.set_num_threads(1)
+    if disk is not None:
+        _limit(folder, disk)
+    events = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal events
+        if event in EVENTS and any(isinstance(a, (str, os.PathLike)) and str(a).startswith(folder) for a in arguments):
+            events += 1
+            if events == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    result = CliRunner().invoke(app, line)
+    stderr = result.stderr if result.exception is None or isinstance(result.exception, SystemExit) else ""
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        stderr = f"Traceback: {result.exception!r}"
+    pipe.send(Outcome(result.exit_code, stderr, events, files_in(Path(folder))))
+
+
+def _limit(folder: str, disk: int) -> None:
+    """Make the folder a small disk, or a read-only one; where mounts are not allowed, by limits and permissions."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NEW_MOUNTS) == 0:
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        if disk:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk}k", "tmpfs", folder], check=True)
+        else:
+            subprocess.run(["mount", "--bind", folder, folder], check=True)
+            subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+    elif disk:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk * 1024, resource.RLIM_INFINITY))
+    else:
+        Path(folder).chmod(0o555)
