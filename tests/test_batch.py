@@ -352,7 +352,7 @@ def test_one_row_runs_on_slices(endless: Target, monkeypatch: pytest.MonkeyPatch
 
     for name in ("write", "starts", "_keep_in_each"):
         monkeypatch.setattr(SlotCache, name, forbidden)
-    monkeypatch.setattr(Target, "_ragged_mask", forbidden)
+    monkeypatch.setattr("ctc_drafter.target.ragged_mask", forbidden)
     [(key, _)] = batch.step()
     assert key == second
     list(generate(endless, load_drafter("lookup", endless), prompts[1], max_new_tokens=TOKENS))
@@ -443,10 +443,10 @@ def test_a_prompt_that_fails_ends_its_row_alone(endless: Target, monkeypatch: py
     steps[last] = []
     original = Target.prefill
 
-    def prefill(self: Target, ids: list[int], cache: Any, row: int = 0) -> Any:
+    def prefill(self: Target, ids: list[int], cache: Any, row: int = 0, **options: Any) -> Any:
         if ids == prompts[1]:
             raise RuntimeError("no memory")
-        return original(self, ids, cache, row)
+        return original(self, ids, cache, row, **options)
 
     monkeypatch.setattr(Target, "prefill", prefill)
     steps[bad] = []

@@ -18,6 +18,8 @@ from .tally import TALLY
 TOKENS = 16
 LENGTHS = (1, 2, 3, 5, 8, 12, 20, 33, 47, 56, CONTEXT - 2, CONTEXT - 1)
 """Of the prompts; the answers to the last ones are cut by the context's edge."""
+ECHOING, UNTIED = ("gemma2", "gemma3_text"), {"tie_word_embeddings": False}
+"""With random weights and tied embeddings these repeat the last token and nothing else."""
 TRIES = 12
 NEAR_TIE = 1e-4
 """Of the logits' spread; float32 rounds to about 1e-6 of it, whatever else is in the pass."""
@@ -54,7 +56,8 @@ class Case:
 
 
 def build_family(kind: str, folder: Path) -> Family:
-    target = Target.load(save_model(folder, kind, **CAPABLE[kind]), dtype="float32", device="cpu")
+    config = {**CAPABLE[kind], **(UNTIED if kind in ECHOING else {})}
+    target = Target.load(save_model(folder, kind, **config), dtype="float32", device="cpu")
     target.stop_ids = frozenset()
     family = Family(kind, target)
     family.cases = [case_of_length(family, length) for length in LENGTHS]

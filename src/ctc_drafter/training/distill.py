@@ -178,9 +178,9 @@ def _finished(output: Path) -> set[str]:
     foreign = UserError(f"'{output}' exists and is not a distilled data set; choose another output.")
     try:
         rows = [json.loads(line) for line in content[:end].splitlines()]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise foreign from None
-    if not all(isinstance(row, dict) and {"id", "answer_ids"} <= row.keys() for row in rows):
+    if not all(isinstance(row, dict) and isinstance(row.get("id"), str) and "answer_ids" in row for row in rows):
         raise foreign
     tail = content[end:]
     if tail:
