@@ -93,9 +93,10 @@ def test_a_few_random_files(what: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("what", READERS)
 def test_many_random_files(what: str, folder: Path) -> None:
-    fuzz(what, 1500, folder)
+    fuzz(what, 1000, folder)
 
 
 WHOLE = {"prompt file": ROWS, "recipe of train": RECIPE, "distilled data set to go on with": DISTILLED}

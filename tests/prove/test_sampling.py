@@ -31,7 +31,7 @@ from .tally import TALLY
 
 VOCAB, DEPTH = 7, 3
 PROMPT = [5, 3, 0, 3]
-DRAWS, SHORT_DRAWS = 2400, 400
+DRAWS, SHORT_DRAWS, POWER_DRAWS = 2400, 400, 800
 ROWS, BUDGET = 32, 9
 
 Text = tuple[int, ...]
@@ -126,15 +126,15 @@ def rejections(answers: list[Text], exactly: Exact) -> set[str]:
     found, freedom = chi_square(Counter(answers), joint)
     if found > chi_square_limit(freedom):
         out.add("chi-square")
-    # A token's place in its cumulative distribution, chosen at random within its step, is uniform.
     rng = random.Random(1)
-    places = []
-    for text in answers:
-        for i, token in enumerate(text):
-            p = exactly[text[:i]]
+    for i in range(DEPTH):
+        # A token's place in its cumulative distribution, chosen at random within its step, is uniform.
+        places = []
+        for text in answers:
+            p, token = exactly[text[:i]], text[i]
             places.append(sum(p[:token]) + rng.random() * p[token])
-    if kolmogorov(places) > kolmogorov_limit(len(places)):
-        out.add("kolmogorov")
+        if kolmogorov(places) > kolmogorov_limit(len(places)):
+            out.add("kolmogorov")
     return out
 
 
@@ -183,7 +183,7 @@ def test_biased_acceptance_is_caught(
 ) -> None:
     monkeypatch.setattr(decoding, "accepted_paths", eager)
     exactly = exact(logits, SETTINGS[setting])
-    answers = draw(seven, SETTINGS[setting], "every child", exactly, SHORT_DRAWS)
+    answers = draw(seven, SETTINGS[setting], "every child", exactly, POWER_DRAWS)
     assert {"chi-square", "kolmogorov"} <= rejections(answers, exactly)
 
 
@@ -199,7 +199,7 @@ WRONG: dict[str, Callable[[Sampling], Sampling]] = {
 @pytest.mark.parametrize("setting", [s if s == "min_p" else pytest.param(s, marks=pytest.mark.slow) for s in WRONG])
 def test_a_processor_that_is_left_out_is_caught(setting: str, seven: Target, logits: Exact) -> None:
     exactly = exact(logits, SETTINGS[setting])
-    answers = draw(seven, WRONG[setting](SETTINGS[setting]), "random trees", exactly, SHORT_DRAWS)
+    answers = draw(seven, WRONG[setting](SETTINGS[setting]), "random trees", exactly, POWER_DRAWS)
     assert rejections(answers, exactly), f"nobody noticed that {setting} was left out"
 
 
@@ -216,5 +216,5 @@ def test_noise_that_is_shared_between_depths_is_caught(
 
     monkeypatch.setattr(acceptance.Chooser, "_noise_of", shared)
     exactly = exact(logits, SETTINGS["plain"])
-    answers = draw(seven, SETTINGS["plain"], "every child", exactly, SHORT_DRAWS)
+    answers = draw(seven, SETTINGS["plain"], "every child", exactly, POWER_DRAWS)
     assert "chi-square" in rejections(answers, exactly)

@@ -229,6 +229,16 @@ def test_a_kill_between_the_renames_of_a_save(recipe: TrainConfig) -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights(train(recipe)).items())
 
 
+def test_leftovers_of_a_kill_after_the_last_save_are_removed(recipe: TrainConfig) -> None:
+    folder = train(recipe)
+    names = {p.name for p in folder.parent.iterdir()}
+    for left in (".drafter.state.old", ".drafter.state.writing"):
+        (folder.parent / left).mkdir()
+        (folder.parent / left / "state.json").write_text("{}")
+    train(recipe)
+    assert {p.name for p in folder.parent.iterdir()} == names
+
+
 def test_a_recipe_older_than_its_keys_goes_on(recipe: TrainConfig) -> None:
     folder = train(recipe)
     path = folder.with_name("drafter.recipe.json")
