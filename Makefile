@@ -91,7 +91,6 @@ bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 --budget 16 --drafter ctc --drafter paper --drafter lookup --dtype float32 --json benchmarks/results/methods-float32.json
-	$(BIN)/python benchmarks/baseline.py --prompts $(EVAL)/mt_bench.jsonl --limit 12 --json benchmarks/results/baseline.json
 	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json benchmarks/results/batches.json
 
 # Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.

@@ -11,21 +11,19 @@ difference, by the logits of a pass over the text so far.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
+from common import about
 from ctc_drafter.batch import Batch
 from ctc_drafter.bench.measure import first_gap, tau_of
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import write_json
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
-from ctc_drafter.environment import machine, versions
 from ctc_drafter.target import Target
 from ctc_drafter.words import number
 
@@ -154,8 +152,7 @@ def main() -> None:
         for entry in results[dtype]["totals"]:
             said = (f"{mode} {entry[mode]['tokens_per_second']:.1f} ({entry[mode]['speedup']:.2f})" for mode in MODES)
             print(dtype, f"batch {entry['batch']:2}:", ", ".join(said), "tok/s (speedup)")
-    command = shlex.join(["python", *sys.argv])
-    write_json(options.json, {"command": command, "machine": machine(), "versions": versions(), "results": results})
+    write_json(options.json, {**about(), "results": results})
     print(f"Result: {options.json}")
 
 

@@ -9,18 +9,16 @@ trained for. Plain and drafted runs take turns. With `--compile` the target's pa
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.decoding import PHASES, Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
-from ctc_drafter.environment import machine, versions
 from ctc_drafter.target import Target
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -105,10 +103,8 @@ def main() -> None:
         at = f"{row['curve']} {row[row['curve']]}"
         print(f"{at:14}{row['run']:9}{whole(row):8.2f} ms a step, prompt read in {row['prefill_seconds']:.2f} s")
     dtype = str(target.dtype).removeprefix("torch.")
-    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
-    write_json(
-        options.json, {**about, "target": target.name, "dtype": dtype, "compiled": options.compile, "rows": rows}
-    )
+    made = {"target": target.name, "dtype": dtype, "compiled": options.compile}
+    write_json(options.json, {**about(), **made, "rows": rows})
     print(f"Result: {options.json}")
     if options.figure:
         threads = f"{torch.get_num_threads()} threads" if target.device.type == "cpu" else torch.cuda.get_device_name()
@@ -125,11 +121,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=8192, help="Longest context.")
     parser.add_argument("--tokens", type=int, default=32, help="New tokens of each run.")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--overwrite", action="store_true")
+    add_common(parser, "float32")
     return parser.parse_args()
 
 

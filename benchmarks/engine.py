@@ -12,11 +12,9 @@ first prompt in a process of its own, whose peak is told.
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ctc_drafter.bench.measure import Answer, peak_memory_mb
+from common import about, add_common, timed
+from ctc_drafter.bench.measure import Answer, peak_memory_mb, tau_of
 from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
-from ctc_drafter.environment import machine, versions
 from ctc_drafter.target import Target
 
 Run = Callable[[list[int]], Answer]
@@ -97,15 +95,9 @@ def ids_of(target: Target, prompt: Prompt) -> list[int]:
     return target.prompt_ids([{"role": "user", "content": prompt.turns[0]}])
 
 
-def measured(run: Run, ids: list[int], on_gpu: bool) -> Answer:
+def measured(run: Run, ids: list[int], device: torch.device) -> Answer:
     """The answer, its seconds filled in."""
-    if on_gpu:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    answer = run(ids)
-    if on_gpu:
-        torch.cuda.synchronize()
-    answer.seconds = time.perf_counter() - began
+    answer, answer.seconds = timed(lambda: run(ids), device)
     return answer
 
 
@@ -122,10 +114,9 @@ def totals(rows: list[dict[str, Any]], names: list[str]) -> dict[str, dict[str, 
         mine = [row["runs"][name] for row in rows]
         tokens, seconds = sum(r["tokens"] for r in mine), sum(r["seconds"] for r in mine)
         out[name] = {"tokens_per_second": tokens / seconds, "identical": sum(r["identical"] for r in mine)}
-        steps = sum(r["steps"] for r in mine)
-        if name in BASELINES and steps:
+        tau = tau_of(tokens, len(mine), sum(r["steps"] for r in mine))
+        if name in BASELINES and tau:
             base = out[BASELINES[name]]["tokens_per_second"]
-            tau = (tokens - len(mine)) / steps
             speedup = tokens / seconds / base
             out[name] |= {"tau": tau, "speedup": speedup, "efficiency": speedup / tau}
     for name in names:
@@ -153,14 +144,14 @@ def main() -> None:
         print(f"compiled in {seconds:.1f} s", flush=True)
     prompts = read_prompts(options.prompts, options.limit)
     if options.only:
-        measured(runs[options.only], ids_of(target, prompts[0]), target.device.type == "cuda")
+        measured(runs[options.only], ids_of(target, prompts[0]), target.device)
         print(peak_memory_mb())
         return
     names, rows = list(runs), []
     for i, prompt in enumerate([prompts[0], *prompts]):
         ids = ids_of(target, prompt)
         turned = names[i % len(names) :] + names[: i % len(names)]  # so that drift of the machine cancels
-        done = {name: measured(runs[name], ids, target.device.type == "cuda") for name in turned}
+        done = {name: measured(runs[name], ids, target.device) for name in turned}
         if i == 0:
             continue  # warm-up
         plain = done["plain"].tokens
@@ -178,9 +169,8 @@ def main() -> None:
         for name in names:
             results[name]["peak_mb"] = peak_of(name)
     print(table(results, len(rows)))
-    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
-    about |= {"target": target.name, "dtype": str(target.dtype), "budget": options.budget, "compile_seconds": seconds}
-    write_json(options.json, {**about, "totals": results, "rows": rows})
+    made = {"target": target.name, "dtype": str(target.dtype), "budget": options.budget, "compile_seconds": seconds}
+    write_json(options.json, {**about(), **made, "totals": results, "rows": rows})
     print(f"Result: {options.json}")
 
 
@@ -200,10 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="Also as compiled passes.")
     parser.add_argument("--memory", action="store_true", help="Also the peak memory of each.")
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true")
+    add_common(parser, "auto")
     return parser.parse_args()
 
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from common import about
 from ctc_drafter.bench.prompts import Prompt, demo_prompts, read_prompts
 from ctc_drafter.bench.results import write_json
-from ctc_drafter.environment import machine, versions
 from ctc_drafter.integrations.export import vllm_config
 from ctc_drafter.target import EMBEDDED
 
@@ -105,13 +103,7 @@ def main() -> None:
             f"second alone, {row['tokens_per_cpu_second']:.0f} drafted, "
             f"identical {row['identical']} of {row['answers']}"
         )
-    content = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "versions": {**versions(), "vllm": vllm.__version__},
-        "rows": plain + drafted,
-    }
-    write_json(arguments.json, content)
+    write_json(arguments.json, {**about(), "vllm": vllm.__version__, "rows": plain + drafted})
 
 
 if __name__ == "__main__":

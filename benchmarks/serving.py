@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import shlex
 import signal
 import statistics
 import subprocess
@@ -27,10 +26,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import about
 from ctc_drafter.bench.measure import tau_of
 from ctc_drafter.bench.prompts import demo_prompts, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
-from ctc_drafter.environment import machine, versions
 
 Row = dict[str, Any]
 
@@ -212,9 +211,7 @@ def main() -> None:
     document = {
         "kind": "ctc-drafter serving",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "versions": versions(),
+        **about(),
         "arguments": {k: [str(p) for p in v] if k == "prompts" and v else v for k, v in vars(arguments).items()},
         "totals": totals,
         "rows": rows,

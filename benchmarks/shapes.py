@@ -13,22 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import shlex
 import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common import about, add_common, timed
+from ctc_drafter import decoding
 from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
-from ctc_drafter.drafters import CTCConfig, CTCDrafter
-from ctc_drafter.environment import machine, versions
+from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter
 from ctc_drafter.target import LAST, Target, resolve_device, resolve_dtype
 from ctc_drafter.tree import DraftTree
 
@@ -93,89 +92,70 @@ def replayed(rates: list[float], count: int) -> list[int]:
 # ------------------------------------------------------------ measuring
 
 
-class Sequence:
-    """One sequence that grows by given numbers of tokens, whatever the target thinks of the draft."""
+def replay(lengths: list[int]) -> Callable[..., list[tuple[list[int], list[int]]]]:
+    """In place of `accepted_paths`: keeps as many nodes as recorded, whatever the target thinks of the draft."""
+    left = iter(lengths)
 
-    def __init__(self, target: Target, drafter: CTCDrafter | None, budget: int, context: int, room: int) -> None:
-        self.target, self.drafter, self.budget = target, drafter, budget
-        self.cache = target.new_cache(context + room + budget + 1)
-        target.capture(drafter.feature_layers if drafter else ())
-        ids = torch.randint(target.vocab_size, (context,)).tolist()
-        logits, features = target.prefill(ids, self.cache)
-        self.root = largest(logits)[None]
-        known = torch.tensor([ids[1:]], device=target.device)
-        self.pairs = features, torch.cat([known, self.root], 1)
-        if drafter:
-            drafter.start(context + room)
-
-    def step(self, accepted: int) -> None:
-        """Draft, search, score and choose as the loop does; then keep `accepted` nodes, whichever they are."""
-        target = self.target
-        tree = DraftTree.empty(1, target.device)
-        if self.drafter:
-            tree = self.drafter.tree(self.drafter.draft(*self.pairs), self.budget)
-        ancestors = tree.ancestor_mask()
-        target.capture(self.drafter.feature_layers if self.drafter else ())
-        logits, features = target.score(self.root, tree, ancestors, self.cache)
-        chosen = largest(logits)
-        accepted_paths(tree, chosen)
+    def paths(
+        tree: DraftTree, chosen: torch.Tensor, budgets: Sequence[int] | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        accepted_paths(tree, chosen, budgets)  # it takes its time in a real step
+        accepted = next(left) if tree.budget else 0
         # Every other node, so that there is something to move, as there mostly is.
         offsets = [0, *range(1, tree.budget + 1, 2 if 2 * accepted <= tree.budget else 1)][: accepted + 1]
-        self.cache.keep([offsets])
-        kept = torch.tensor(offsets, device=target.device)
-        self.pairs = features.index_select(1, kept), chosen.index_select(1, kept)
-        self.root = self.pairs[1][:, -1:]
+        return [(offsets, chosen[0, offsets].tolist())]
 
-
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return paths
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of reading 1 GiB."""
     block = torch.zeros(2**28, device=device)
-    return block.nbytes / statistics.median(seconds_of(block.sum, device) for _ in range(7))
+    return block.nbytes / statistics.median(timed(block.sum, device)[1] for _ in range(7))
+
+
+def context_of(target: Target, options: argparse.Namespace) -> list[int]:
+    return torch.randint(target.vocab_size, (options.context,)).tolist()
 
 
 def steps(target: Target, drafter: CTCDrafter, lengths: list[int], options: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds of a plain step and of a drafted one, block by block in turn."""
-    room = sum(lengths) + len(lengths) + 2 * WARM_UP
-    plain = Sequence(target, None, 0, options.context, len(lengths) + WARM_UP)
-    drafted = Sequence(target, drafter, options.budget, options.context, room)
-    seconds: dict[str, list[float]] = {"plain": [], "drafted": []}
-    for _ in range(WARM_UP):
-        plain.step(0)
-        drafted.step(1)
+    """Median seconds of a plain step and of a drafted one of the loop, block by block in turn."""
+    decoding.accepted_paths = replay([1] * WARM_UP + lengths)
+    target.stop_ids = frozenset()
+    room, ids = sum(lengths) + len(lengths) + 2 * WARM_UP + 1, context_of(target, options)
+    runs = {
+        "plain": decoding.generate(target, NoDrafter(), ids, max_new_tokens=room),
+        "drafted": decoding.generate(target, drafter, ids, max_new_tokens=room, budget=options.budget),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(1 + WARM_UP):  # the first reads the context
+            next(run)
     for start in range(0, len(lengths), BLOCK):
-        for _ in lengths[start : start + BLOCK]:
-            seconds["plain"].append(seconds_of(lambda: plain.step(0), target.device))
-        for accepted in lengths[start : start + BLOCK]:
-            seconds["drafted"].append(seconds_of(lambda n=accepted: drafted.step(n), target.device))
+        for name, run in runs.items():
+            for _ in lengths[start : start + BLOCK]:
+                seconds[name].append(timed(lambda run=run: next(run), target.device)[1])
     return statistics.median(seconds["plain"]), statistics.median(seconds["drafted"])
 
 
-def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> dict[int, float]:
-    """Median seconds of scoring root + m nodes behind the context, for each m."""
-    sequence = Sequence(target, None, max(NODES), options.context, 1)
-    out = {}
+def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> tuple[dict[int, float], int]:
+    """Median seconds of scoring root + m nodes behind the context, for each m; and the bytes of its keys and values."""
+    target.capture(())
+    cache = target.new_cache(options.context + max(NODES) + 1)
+    logits, _ = target.prefill(context_of(target, options), cache)
+    root, out = largest(logits)[None], {}
     for m in NODES:
         nothing = torch.zeros(1, m, dtype=torch.long, device=target.device)
         tree = DraftTree(nothing, nothing - 1, nothing + 1)
         ancestors = tree.ancestor_mask()
 
         def run(tree: DraftTree = tree, ancestors: torch.Tensor = ancestors) -> None:
-            target.score(sequence.root, tree, ancestors, sequence.cache)
+            target.score(root, tree, ancestors, cache)
 
         for _ in range(WARM_UP):
             run()
-        out[m] = statistics.median(seconds_of(run, target.device) for _ in range(times))
-    return out
+        out[m] = statistics.median(timed(run, target.device)[1] for _ in range(times))
+    return out, sum(part.nbytes for pair in cache.views(options.context) for part in pair)
 
 
 @torch.inference_mode()
@@ -184,13 +164,12 @@ def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[
     target = build(name, options)
     drafter = build_drafter(target, options.vocabulary)
     lengths = replayed(rates, options.steps)
-    costs = scoring(target, options)
+    costs, kv = scoring(target, options)
     plain, drafted = steps(target, drafter, lengths, options)
     tau = 1 + sum(lengths) / len(lengths)
     weights = sum(p.nbytes for p in target.model.parameters())
     own = sum(p.nbytes for p in drafter.parameters())
     rate = bandwidth(target.device)
-    kv = sum(plane.nbytes for plane in Sequence(target, None, 0, options.context, 1).cache._planes)
     read = weights - target.embedding.weight.nbytes + kv  # one row of the embedding is read
     return {
         "shape": name,
@@ -228,13 +207,14 @@ def main() -> None:
     recorded = json.loads(options.accepted.read_text())
     options.budget = options.budget or recorded["drafter"]["budget"]
     torch.manual_seed(0)
-    about = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
-    about |= {"arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}}
+    arguments = {k: os.path.relpath(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     rows = []
     for name in options.shape:
         rows.append(measure(name, recorded["totals"]["acceptance_at"], options))
         tell(rows[-1])
-        write_json(options.json, {**about, "rows": rows})  # so that a shape too large loses only itself
+        write_json(
+            options.json, {**about(), "arguments": arguments, "rows": rows}
+        )  # so that a shape too large loses only itself
     print(f"Result: {options.json}")
 
 
@@ -249,10 +229,7 @@ def _arguments() -> argparse.Namespace:
     default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
     parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true")
+    add_common(parser, "bfloat16")
     return parser.parse_args()
 
 

@@ -30,9 +30,9 @@ TEXTS = [
 ]
 
 
-def build_target(folder: Path, seed: int = 0, chat: bool = True) -> Path:
-    """Write a Llama of two layers with random weights and a byte-level tokenizer of 512 entries."""
-    tokenizer = train_tokenizer(TEXTS * 8, 512, CONTEXT)
+def build_target(folder: Path, seed: int = 0, chat: bool = True, layers: int = 2, context: int = CONTEXT) -> Path:
+    """Write a Llama with random weights and a byte-level tokenizer of 512 entries."""
+    tokenizer = train_tokenizer(TEXTS * 8, 512, context)
     if not chat:
         tokenizer.chat_template = None
     torch.manual_seed(seed)
@@ -40,10 +40,10 @@ def build_target(folder: Path, seed: int = 0, chat: bool = True) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from conftest import build_target
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.selftest import self_test
 from ctc_drafter.target import LAST, Target
 from ctc_drafter.tree import DraftTree
 from helpers import CAPABLE, CONTEXT, INCAPABLE, Scripted, chain, equal_siblings, plain, random_tree, run, save_model
@@ -118,7 +119,7 @@ def test_self_test_notices_a_wrong_mask(target: Target, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(DraftTree, "ancestor_mask", causal)
     with pytest.raises(UserError, match="differently from its branches"):
-        target.self_test()
+        self_test(target)
 
 
 def test_self_test_notices_wrong_positions(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +128,14 @@ def test_self_test_notices_wrong_positions(target: Target, monkeypatch: pytest.M
 
     monkeypatch.setattr(DraftTree, "offsets", by_slot)
     with pytest.raises(UserError, match="differently from its branches"):
-        target.self_test()
+        self_test(target)
 
 
 def test_self_test_notices_a_window_that_is_ignored(tmp_path: Path) -> None:
     target = Target.load(save_model(tmp_path / "m", "mistral", sliding_window=6), dtype="float32", device="cpu")
     target._windows = {"full_attention": None}
     with pytest.raises(UserError, match="differently from its branches"):
-        target.self_test()
+        self_test(target)
 
 
 def test_bfloat16_passes_the_self_test(target_folder: Path) -> None:

@@ -5,7 +5,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """What kinds of layers the config names, if any; a short self-test cannot see all that they do to long texts."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    return set(kinds) if isinstance(kinds, (list, tuple)) else set()
+
+
+def windows(config: Any) -> dict[str, int | None]:
+    """Attention window (in positions) of each kind of layer; None is full attention."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = layer_kinds(config)
+    if not kinds:
+        return {"full_attention": window}
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
 def row_mask(

@@ -18,8 +18,9 @@ from .cache import SlotCache
 from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
-from .masks import ragged_mask, row_mask
+from .masks import ragged_mask, row_mask, windows
 from .packing import PATIENCE, PackedLinears
+from .selftest import self_test
 from .tree import DraftTree
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -50,7 +51,7 @@ class Target:
             # Long factors are chosen by the farthest position of a pass, so a tree would switch to them too early.
             self.max_context = min(self.max_context, rope.get("original_max_position_embeddings", self.max_context))
         self.stop_ids = _stop_ids(self.model, tokenizer)
-        self._windows = _windows(config)
+        self._windows = windows(config)
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if named else "past_key_values"
@@ -126,7 +127,7 @@ class Target:
         ):
             model.set_attn_implementation(GROUPED_ATTENTION)
         target = cls(model, tokenizer, name)
-        target.self_test()
+        self_test(target)
         return target
 
     # ------------------------------------------------------------ features
@@ -267,68 +268,6 @@ class Target:
         """Token ids of a chat with the generation prompt. Raises UserError without a chat template that takes it."""
         return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
 
-    # ------------------------------------------------------------ self-test
-
-    @torch.inference_mode()
-    def self_test(self) -> None:
-        """Score a tree in one pass and branch by branch, also after compaction; raise UserError if they differ."""
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(min(max(self.vocab_size, 16), 1000), generator=generator)
-        ids = (order[:16] % self.vocab_size).tolist()
-        prompt, root, nodes, after = ids[:8], ids[8], ids[9:14], ids[14]
-        paths = [[nodes[0], nodes[1], nodes[2]], [nodes[0], nodes[3]], [nodes[4]]]
-        advice = "it can only be used by its own generate()"
-        odd = _layer_kinds(self.config) - {"full_attention", "sliding_attention", "global"}
-        if odd:
-            raise UserError(
-                f"'{self.name}' ({self.config.model_type}) has layers of kind {', '.join(sorted(odd))}, which cannot "
-                f"take a tree mask, so {advice}."
-            )
-        try:
-            tree = DraftTree.from_paths([paths], budget=5, device=self.device)
-            cache = self.new_cache(32)
-            first = torch.tensor([[root]], device=self.device)
-            self.prefill(prompt, cache)
-            ancestors = tree.ancestor_mask()
-            scored, _ = self.score(first, tree, ancestors, cache)
-            pairs = [(scored[0, 0], prompt + [root])]
-            tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-            for i in range(5):
-                branch: list[int] = []
-                node = i
-                while node >= 0:
-                    branch.insert(0, tokens[node])
-                    node = parents[node]
-                pairs.append((scored[0, i + 1], prompt + [root] + branch))
-            second = tokens.index(nodes[3])
-            cache.keep([[0, tokens.index(nodes[0]) + 1, second + 1]])
-            empty = DraftTree.empty(1, self.device)
-            last, _ = self.score(torch.tensor([[after]], device=self.device), empty, empty.ancestor_mask(), cache)
-            pairs.append((last[0, 0], prompt + [root, nodes[0], nodes[3], after]))
-            worst = max(self._deviation(got, text) for got, text in pairs)
-        except UserError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"'{self.name}' ({self.config.model_type}) cannot take a tree mask, so {advice}: {reason}"
-            ) from None
-        if not all(bool(got.isfinite().all()) for got, _ in pairs):
-            raise UserError(
-                f"'{self.name}' ({self.config.model_type}) gives logits that are not finite: its weights are damaged, "
-                f"or too large for {str(self.dtype).removeprefix('torch.')}."
-            )
-        limit = 1e-3 if self.dtype == torch.float32 else 0.1
-        if not worst < limit:
-            raise UserError(
-                f"'{self.name}' ({self.config.model_type}) scores a draft tree differently from its branches "
-                f"(off by {worst:.2g} of the logits' spread, limit {limit:g}), so {advice}."
-            )
-
-    def _deviation(self, got: torch.Tensor, text: list[int]) -> float:
-        want = self.model(input_ids=torch.tensor([text], device=self.device), use_cache=False).logits[0, -1].float()
-        return float((got.float() - want).abs().max() / want.std().clamp_min(1e-6))
-
 
 def target_name(path: str | Path) -> str:
     """The name by which drafters know their target: a folder's own name, or the hub name."""
@@ -381,23 +320,6 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         if value is not None:
             ids.update(value if isinstance(value, (list, tuple)) else [value])
     return frozenset(ids)
-
-
-def _layer_kinds(config: Any) -> set[str]:
-    """What kinds of layers the config names, if any; a short self-test cannot see all that they do to long texts."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    return set(kinds) if isinstance(kinds, (list, tuple)) else set()
-
-
-def _windows(config: Any) -> dict[str, int | None]:
-    """Attention window (in positions) of each kind of layer; None is full attention."""
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    kinds = _layer_kinds(config)
-    if not kinds:
-        return {"full_attention": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

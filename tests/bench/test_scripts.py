@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,23 +12,25 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Script = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Imports a script as Python itself runs it, with its folder first on the path."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
 
 
 @pytest.mark.parametrize("rates", [[], [1.0], [0.0, 0.0], [0.8, 0.5, 0.25]])
-def test_replayed_lengths_have_the_recorded_rates(rates: list[float]) -> None:
+def test_replayed_lengths_have_the_recorded_rates(rates: list[float], script: Script) -> None:
     lengths = script("shapes").replayed(rates, 100)
     assert len(lengths) == 100
     for k, rate in enumerate(rates, 1):
         assert sum(length >= k for length in lengths) / 100 == pytest.approx(rate, abs=0.01)
 
 
-def test_speedup_is_over_the_plain_loop_of_the_same_kind() -> None:
+def test_speedup_is_over_the_plain_loop_of_the_same_kind(script: Script) -> None:
     seconds = {"plain": 4.0, "plain, compiled": 2.0, "speculative": 2.0, "speculative, compiled": 1.6, "generate": 4.4}
     runs = {
         name: {"tokens": 33, "seconds": s, "steps": 8 if "spec" in name else 32, "identical": True}

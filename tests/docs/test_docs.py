@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from blocks import PAGES, ROOT, Block, blocks_of, matches
-from conftest import TEXTS
+from conftest import build_target
 from ctc_drafter.drafters import DRAFTERS
-from ctc_drafter.training.tokenizer import train_tokenizer
 
 WARM = Path(__file__).with_name("warm.py")
 NOT_RUN = 16
@@ -36,25 +33,7 @@ SLOW = [page for page in RUNNABLE if any(block.is_slow for block in blocks_of(pa
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`my-model` of the pages: a Llama with random weights, four layers, a context of 1,024 tokens."""
-    folder = tmp_path_factory.mktemp("docs") / "my-model"
-    tokenizer = train_tokenizer(TEXTS * 8, 512, 1024)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return build_target(tmp_path_factory.mktemp("docs") / "my-model", layers=4, context=1024)
 
 
 @pytest.fixture(scope="session")

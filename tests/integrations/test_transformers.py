@@ -22,6 +22,7 @@ from conftest import build_drafter
 from ctc_drafter import UserError
 from ctc_drafter.integrations.generation_config import check_model_inputs
 from ctc_drafter.integrations.transformers import CustomGenerate, custom_generate
+from ctc_drafter.selftest import self_test
 from ctc_drafter.target import Target
 from helpers import CAPABLE, save_model
 
@@ -137,8 +138,7 @@ def test_tokens_are_streamed(model: Any, fast: Any, target: Target) -> None:
 
 def test_a_model_is_tested_once(model: Any, drafter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests: list[Target] = []
-    test = Target.self_test
-    monkeypatch.setattr(Target, "self_test", lambda target: (tests.append(target), test(target)))
+    monkeypatch.setattr("ctc_drafter.target.self_test", lambda target: (tests.append(target), self_test(target)))
     fast = custom_generate(drafter_folder)
     for _ in range(3):
         model.generate(PROMPT, do_sample=False, max_new_tokens=4, custom_generate=fast)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import QUESTIONS, speculation
 
 from ctc_drafter.target import EMBEDDED
+from engine import QUESTIONS, speculation
 
 ENGINE = Path(__file__).with_name("engine.py")
 LONG = {"preface": True, "questions": 6, "tokens": 40, "engine": {"block_size": 32}}

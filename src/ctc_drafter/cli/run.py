@@ -36,6 +36,15 @@ from .options import (
     sampling_of,
 )
 
+Prompts = Annotated[
+    list[Path],
+    typer.Option(
+        "--prompts",
+        help='JSONL of {"id","category","turns"}, or mt-bench, gsm8k, humaneval, spec-bench; may be repeated.',
+    ),
+]
+SkipTooLong = Annotated[bool, typer.Option("--skip-too-long", help="Leave out prompts beyond the context.")]
+
 
 @command
 def demo(
@@ -137,13 +146,7 @@ def generate(
 
 @command
 def bench(
-    prompts: Annotated[
-        list[Path],
-        typer.Option(
-            "--prompts",
-            help='JSONL of {"id","category","turns"}, or mt-bench, gsm8k, humaneval, spec-bench; may be repeated.',
-        ),
-    ],
+    prompts: Prompts,
     json: Annotated[
         Path | None, typer.Option("--json", help="Result file; one per drafter and budget if several.")
     ] = None,
@@ -162,9 +165,7 @@ def bench(
     seed: Seed = None,
     stop: Stop = None,
     raw: Raw = False,
-    skip_too_long: Annotated[
-        bool, typer.Option("--skip-too-long", help="Leave out prompts beyond the context.")
-    ] = False,
+    skip_too_long: SkipTooLong = False,
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
     compile: Compile = False,

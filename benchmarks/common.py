@@ -1,0 +1,41 @@
+"""What the scripts of this folder share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ctc_drafter.environment import machine, versions
+
+T = TypeVar("T")
+
+
+def about() -> dict[str, Any]:
+    """With what a result was made: the first keys of every result file."""
+    return {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+
+
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What `run` returns and its seconds, the GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    done = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return done, time.perf_counter() - began
+
+
+def add_common(parser: argparse.ArgumentParser, dtype: str) -> None:
+    """Add --dtype, --device, --json and --overwrite."""
+    parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
