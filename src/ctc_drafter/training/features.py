@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 
 from ..config import from_mapping
 from ..drafters import DRAFTERS
-from ..drafters.base import probe
 from ..errors import UserError
 from ..files import write_text
 from ..target import Target
@@ -121,7 +120,7 @@ def _index(
     return {
         "format": FORMAT,
         "target": target.name,
-        "probe": probe(target),
+        "probe": target.probe(),
         "hidden_size": target.hidden_size,
         "layers": list(layers),
         "dtype": _name(target.dtype),
@@ -378,7 +377,7 @@ def _check(folder: Path, index: dict[str, Any], config: TrainConfig, target: Tar
     problems = [f"{key} {made[key]} instead of {now[key]}" for key in made if made[key] != now[key]]
     lacking = [str(layer) for layer in layers if layer not in index["layers"]]
     problems += [f"layers {index['layers']} without {', '.join(lacking)}"] if lacking else []
-    problems += [] if index["probe"] == probe(target) else [f"another target, '{index.get('target')}'"]
+    problems += [] if index["probe"] == target.probe() else [f"another target, '{index.get('target')}'"]
     if problems:
         raise UserError(f"'{folder}' does not fit the recipe, for it was made with {' and '.join(problems)}.")
 
