@@ -56,7 +56,7 @@ DrafterName = Annotated[
     str | None,
     typer.Option(
         "--drafter",
-        help="Drafter folder, `ctc` or `paper` (embedded), `lookup`, `none`, or one of these with +lookup; `ctc+lookup` if left out.",
+        help="Drafter folder, `ctc`, `paper`, `lookup`, `none`, or NAME+lookup for both; default: `ctc+lookup`.",
     ),
 ]
 Budget = Annotated[int, typer.Option("--budget", min=1, help="Draft nodes scored per step.")]
