@@ -9,6 +9,7 @@ they are likelier than its worst nodes. SuffixDecoding (Oliaro et al. 2024) mixe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -117,7 +118,9 @@ class HybridDrafter(Drafter):
 
     def tree(self, guess: Any, budget: int) -> DraftTree:
         if self._resting:
-            return DraftTree.from_paths([[guess]], budget, self._device)
+            tree = DraftTree.from_paths([[guess]], budget, self._device)
+            probs = [*self._chances, *[0.0] * budget][:budget]
+            return replace(tree, log_probs=torch.tensor([probs], device=self._device).log())
         return with_path(self.base.tree(guess, budget), self._found[1], self._chances)
 
     def trees_together(self, twins: Sequence[Self], guesses: Sequence[Any], budget: int) -> list[DraftTree]:
