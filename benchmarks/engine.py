@@ -27,7 +27,7 @@ from ctc_drafter.bench.measure import Answer, peak_memory_mb, tau_of
 from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.decoding import generate
-from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
 
 Run = Callable[[list[int]], Answer]
@@ -82,7 +82,7 @@ def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], flo
     # A target of its own, since what is compiled stays compiled.
     compiled = Target.load(options.target, dtype=options.dtype, device=options.device)
     drafter = load_drafter(options.drafter, compiled)
-    seconds = compiled.compile(options.budget, drafter.feature_layers)
+    seconds = compile_passes(compiled, drafter, options.budget)
     runs["plain, compiled"] = of_loop(compiled, NoDrafter(), options)
     runs["speculative, compiled"] = of_loop(compiled, drafter, options)
     return target, runs, seconds

@@ -82,7 +82,7 @@ class SlotCache(Cache):
         self._view = (0, 1)
         self._rows = 1  # allocated
         self._indices: dict[Any, torch.Tensor] = {}  # index tensors of the coming pass
-        self._views: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] = (0, [])
+        self._seen: list[torch.Tensor] = []
         self._planes: list[torch.Tensor] = []
         self._used: list[int] = []
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
@@ -139,7 +139,7 @@ class SlotCache(Cache):
     def _see(self, first: int, stop: int) -> None:
         self._view = first, stop
         self._indices.clear()
-        self._views = 0, []
+        self._seen = []
         self.length = max(self.lengths[first:stop])
         for layer in self.layers:
             assert isinstance(layer, _SlotLayer)
@@ -151,20 +151,13 @@ class SlotCache(Cache):
 
     # ------------------------------------------------------------ passes
 
-    def views(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first `size` slots of what passes see, keys and values of each layer; the same tensors until it changes.
-
-        Their number of slots is marked as dynamic for `torch.compile`.
-        """
-        if self._views[0] != size:
-            views = []
+    def planes(self) -> list[torch.Tensor]:
+        """Keys and values of each layer in turn, all slots of what passes see, (B, heads, capacity, width)."""
+        if not self._seen:
             for layer in self.layers:
                 assert isinstance(layer, _SlotLayer) and layer.keys is not None and layer.values is not None
-                views.append((layer.keys[:, :, :size], layer.values[:, :, :size]))
-            for view in (view for pair in views for view in pair):
-                torch._dynamo.mark_dynamic(view, 2)
-            self._views = size, views
-        return self._views[1]
+                self._seen += [layer.keys, layer.values]
+        return self._seen
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """(B,) lengths of the rows that a pass sees."""

@@ -19,7 +19,7 @@ from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
 from .masks import ragged_mask, row_mask, windows
-from .packing import PATIENCE, PackedLinears
+from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .selftest import self_test
 from .tree import DraftTree
 
@@ -60,6 +60,8 @@ class Target:
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
         self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
+        self.joint: JointLinears | None = None
+        """The weights of compiled passes on a CPU, where they are copied."""
 
     @property
     def device(self) -> torch.device:
@@ -257,10 +259,20 @@ class Target:
         Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
         began = time.perf_counter()
+        if self.joint is None and self.device.type == "cpu":
+            self.joint = self._join()
         for count, captured in ((0, ()), *([(budget, tuple(layers))] if budget else [])):
             if (count, captured) not in self._compiled:
                 self._compiled[count, captured] = compiled_pass(self, count, captured)
         return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def _join(self) -> JointLinears | None:
+        """The linear layers with transposed weights, unless these copies are too large."""
+        layers = [m for m in self.model.modules() if type(m) is nn.Linear]
+        if self.dtype not in (torch.float32, torch.bfloat16) or 4 * sum(m.weight.numel() for m in layers) > MAX_BYTES:
+            return None
+        return JointLinears(joined_by_input(layers, lambda: self.prefill([0], self.new_cache(1))))
 
     # ------------------------------------------------------------ text
 

@@ -115,13 +115,14 @@ def generate(
         raise UserError("The prompt is empty; give some text, or - to read it from standard input.")
     from ..bench.measure import Answer, encode, timed
     from ..decoding import generate as steps_of
+    from ..drafters import compile_passes
     from ..streaming import TextStream
     from ..words import number
 
     loaded = load_target(target, dtype, device, threads, trust_remote_code)
     chosen = load_drafter(drafter, loaded)
     if compile:
-        taken = loaded.compile(0 if chosen.name == "none" else budget, chosen.feature_layers)
+        taken = compile_passes(loaded, chosen, budget)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)

@@ -65,6 +65,13 @@ class Drafter(nn.Module):
         """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
         raise NotImplementedError
 
+    def compile_draft(self) -> float:
+        """Compile `draft`, where the drafter can; returns the seconds taken. See `Target.compile`.
+
+        Numbers change by rounding. Twins made before know nothing of it. Raises UserError if it fails.
+        """
+        return 0.0
+
     def draft_together(self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
         """What each twin's `draft` returns for its own pairs, up to rounding, in one run of the module.
 
