@@ -124,6 +124,22 @@ class SlotCache(Cache):
             resized[-1][:, :count, :, :longest] = plane[:, :count, :, :longest]
         self._planes, self._rows, self.capacity = resized, rows, capacity  # all or, without memory for it, nothing
 
+    def copy_of(self, row: int) -> tuple[torch.Tensor, ...]:
+        """A copy of what a row has committed: for each tensor of planes (planes, heads, length, width)."""
+        return tuple(plane[:, row, :, : self.lengths[row]].clone() for plane in self._planes)
+
+    def fill(self, row: int, planes: Sequence[torch.Tensor]) -> None:
+        """Put into an empty row what `copy_of` gave of a row of this or another cache of the same model."""
+        length = planes[0].shape[2]
+        for i, entries in enumerate(planes):
+            if i == len(self._planes):  # no pass has been made yet: the layers will find their places in it
+                count, heads, _, width = entries.shape
+                self._planes.append(entries.new_zeros(count, self._rows, heads, self.capacity, width))
+                self._used.append(0)
+            self._planes[i][:, row, :, :length] = entries
+        self.lengths[row] = length
+        self._see(*self._view)
+
     @contextmanager
     def only(self, row: int) -> Iterator[None]:
         """Meanwhile passes and `keep` see this row alone."""

@@ -6,6 +6,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
 from .masks import ragged_mask, row_mask, windows
+from .prefixes import Prefix
+from .quantization import quantize
 from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .selftest import self_test
 from .tree import DraftTree
@@ -60,8 +63,18 @@ class Target:
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
         self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
+        self.probe: list[float] | None = None
+        """`probe_of` the weights before they were quantized; None: they are not."""
         self.joint: JointLinears | None = None
         """The weights of compiled passes on a CPU, where they are copied."""
+
+    @cached_property
+    @torch.inference_mode()
+    def position_bytes(self) -> int:
+        """Bytes of the keys and values of one position."""
+        cache = self.new_cache(1)
+        self.prefill([0], cache)
+        return cache.nbytes
 
     @property
     def device(self) -> torch.device:
@@ -91,11 +104,13 @@ class Target:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        quantized: str | None = None,
     ) -> Target:
         """Load a local folder or hub name (None: the embedded target) and run the self-test.
 
-        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. Raises UserError
-        for anything that is not a loadable, tree-capable causal LM.
+        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. quantized:
+        `int8` keeps the weights in eight bits, by torchao. Raises UserError for anything that is not a loadable,
+        tree-capable causal LM.
         """
         path = EMBEDDED / "target" if path is None else path
         where = resolve_device(device)
@@ -114,7 +129,14 @@ class Target:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
-        return cls.of(model.to(where), tokenizer, target_name(path))
+        model = model.to(where)
+        if quantized is None:
+            return cls.of(model, tokenizer, target_name(path))
+        probe = probe_of(model)
+        quantize(model, quantized)
+        target = cls.of(model, tokenizer, target_name(path))
+        target.probe = probe
+        return target
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str) -> Target:
@@ -189,17 +211,22 @@ class Target:
         *,
         chunk: int = CHUNK,
         on_read: Callable[[int], None] | None = None,
+        known: Prefix | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size).
 
         In passes of `chunk` tokens, so that activations and mask, (1, 1, chunk, P), grow with P and not with its
-        square; on_read is told after each pass how many tokens are read. Raises ValueError if chunk is below 1.
+        square; on_read is told after each pass how many tokens are read. known: a true beginning of the prompt that was
+        read before with the same feature layers, and is not read again. Raises ValueError if chunk is below 1.
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
-        features = []
+        features, begin = [], 0
+        if known is not None:
+            cache.fill(row, known.planes)
+            features, begin = [known.features], len(known.ids)
         with cache.only(row):
-            for start in range(0, len(ids), chunk):
+            for start in range(begin, len(ids), chunk):
                 tokens = torch.tensor([ids[start : start + chunk]], device=self.device)
                 q = tokens.shape[1]
                 ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
@@ -255,9 +282,11 @@ class Target:
         """Compile the passes of one row over the root alone and over root + `budget` nodes; returns the seconds taken.
 
         layers: the features that the second returns, those of a drafter; the first returns none. Other passes go on as
-        before. Numbers change by rounding. torch keeps kernels on disk, so the next process takes about half the time.
+        before. Numbers change by rounding. The next process finds the programs on disk, see `programs`.
         Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
+        if self.probe is not None:
+            raise UserError(f"'{self.name}' is quantized and cannot be compiled; leave one of the two out.")
         began = time.perf_counter()
         if self.joint is None and self.device.type == "cpu":
             self.joint = self._join()
@@ -279,6 +308,13 @@ class Target:
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat with the generation prompt. Raises UserError without a chat template that takes it."""
         return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
+
+
+def probe_of(model: nn.Module) -> list[float]:
+    """A few weights spread over a model: enough to tell it from its fine-tuned siblings, in any dtype."""
+    parameters = [p for _, p in sorted(model.named_parameters())]
+    step = max(1, len(parameters) // 16)
+    return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]
 
 
 def target_name(path: str | Path) -> str:

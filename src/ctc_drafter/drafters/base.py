@@ -16,7 +16,7 @@ from torch import nn
 from ..config import from_mapping
 from ..errors import UserError
 from ..files import file_digest, write_folder
-from ..target import Target
+from ..target import Target, probe_of
 from ..tree import DraftTree
 
 Registry = dict[str, type["Drafter"]]
@@ -60,6 +60,17 @@ class Drafter(nn.Module):
 
     def start(self, capacity: int) -> None:
         """Forget the last sequence; at most `capacity` positions will follow."""
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that one position of the context takes in what `start` makes."""
+        other, sizes = self.twin(), []
+        for capacity in (64, 128):
+            other.start(capacity)
+            holders = (other, *other._modules.values())
+            held = [value for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor)]
+            sizes.append(sum(tensor.nbytes for tensor in held))
+        return (sizes[1] - sizes[0]) // 64
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
@@ -335,7 +346,5 @@ def _check_target(folder: Path, verifier: dict[str, Any], target: Target) -> Non
 
 
 def probe(target: Target) -> list[float]:
-    """A few weights spread over the target: enough to tell it from its fine-tuned siblings, in any dtype."""
-    parameters = [p for _, p in sorted(target.model.named_parameters())]
-    step = max(1, len(parameters) // 16)
-    return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]
+    """A few weights of the target, those before it was quantized: see `probe_of`."""
+    return probe_of(target.model) if target.probe is None else target.probe

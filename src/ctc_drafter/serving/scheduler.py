@@ -135,15 +135,16 @@ class Scheduler:
         queue: int,
         timeout: float,
         adaptive: bool = False,
+        **memory: int | None,
     ) -> None:
         """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
 
         timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
-        see `Batch`.
+        see `Batch`, which `memory` goes to: context, memory_limit, prefix_cache.
         """
         self.target, self.budget = target, budget
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
-        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
+        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive, **memory)
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
         self._condition = threading.Condition()
