@@ -46,22 +46,27 @@ BLOCK = 16
 """Steps of one kind before it is the other's turn."""
 
 
-def build(name: str, options: argparse.Namespace) -> Target:
-    """A target of that shape with random weights; widths and heads times `scale`, `layers` if given."""
-    kind, hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[name]
-    heads, kv_heads = (max(1, round(n * options.scale)) for n in (heads, kv_heads))
-    config = AutoConfig.for_model(
+def config_of(name: str, scale: float = 1.0, layers: int | None = None, positions: int = 4096) -> Any:
+    """The config of that shape; widths and heads times `scale`, other `layers` if given."""
+    kind, hidden, inner, depth, heads, kv_heads, vocabulary = SHAPES[name]
+    heads, kv_heads = (max(1, round(n * scale)) for n in (heads, kv_heads))
+    return AutoConfig.for_model(
         kind,
-        hidden_size=max(HEAD_DIM, round(hidden * options.scale)),
-        intermediate_size=max(HEAD_DIM, round(inner * options.scale)),
-        num_hidden_layers=options.layers or layers,
+        hidden_size=max(HEAD_DIM, round(hidden * scale)),
+        intermediate_size=max(HEAD_DIM, round(inner * scale)),
+        num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=HEAD_DIM,
         vocab_size=vocabulary,
-        max_position_embeddings=2 * options.context + 4096,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
     )
+
+
+def build(name: str, options: argparse.Namespace) -> Target:
+    """A target of that shape with random weights."""
+    config = config_of(name, options.scale, options.layers, 2 * options.context + 4096)
     device = resolve_device(options.device)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(resolve_dtype(options.dtype, device))
@@ -73,10 +78,15 @@ def build(name: str, options: argparse.Namespace) -> Target:
     return Target.of(model, None, name)
 
 
-def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
+def drafter_of(target: Target, vocabulary: int) -> CTCDrafter:
     """The CTC drafter at its recipe's size with random weights, on three layers of the target."""
     layers = sorted({max(1, target.num_layers // 3), max(1, 2 * target.num_layers // 3)})
-    drafter = CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+    return CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+
+
+def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
+    """`drafter_of`, ready to draft."""
+    drafter = drafter_of(target, vocabulary)
     drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
     drafter.prepare()
     return drafter

@@ -25,7 +25,9 @@ def test_speculative_text_is_the_quantized_targets_own(dtype: str) -> None:
     target = Target.load(dtype=dtype, device="cpu", quantized="int8")
     drafter = load_drafter("ctc", target)
     exact = Target.load(dtype=dtype, device="cpu")
-    assert type(target.model.model.layers[0].mlp.up_proj.weight) is not type(exact.model.model.layers[0].mlp.up_proj.weight)
+    assert type(target.model.model.layers[0].mlp.up_proj.weight) is not type(
+        exact.model.model.layers[0].mlp.up_proj.weight
+    )
     for chat in CHATS:
         ids = target.prompt_ids([{"role": "user", "content": chat}])
         plain, passes = text(target, NoDrafter(), ids)

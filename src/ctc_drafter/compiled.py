@@ -7,7 +7,6 @@ serves texts of any length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import attention, masks, packing
 from .cache import SlotCache
+from .captured import Replayed, Run
 from .errors import UserError
 from .masks import slot_mask
-from .packing import MAX_BYTES, JointLinears
 from .programs import key_of, program
 from .tree import DraftTree
 
@@ -104,6 +103,9 @@ class CompiledPass:
         free = torch.export.Dim.DYNAMIC
         dynamic = [None] * 5 + [{0: free}] + [{2: free}] * (len(arguments) - 6)
         self._program = program(module, arguments, dynamic, key)
+        self._run: Run = self._program.run
+        if target.device.type == "cuda":
+            self._run = Replayed(self._run, changing=6)
 
     def _arguments(
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
@@ -121,7 +123,7 @@ class CompiledPass:
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `Target.score` returns."""
-        logits, features = self._program.run(self._arguments(root, tree, ancestors, cache))
+        logits, features = self._run(self._arguments(root, tree, ancestors, cache))
         return logits, features
 
 

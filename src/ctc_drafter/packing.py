@@ -90,7 +90,7 @@ class JointLinears(nn.Module):
         layers = [(layer, layer.__dict__.get("forward")) for group in self._groups for layer in group]
         for i, group in enumerate(self._groups):
             for part, layer in enumerate(group):
-                layer.forward = self._forward(i, part)  # type: ignore[method-assign]
+                layer.forward = self._forward(i, part)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -99,7 +99,7 @@ class JointLinears(nn.Module):
                 if forward is None:
                     del layer.__dict__["forward"]
                 else:
-                    layer.forward = forward  # type: ignore[method-assign]
+                    layer.forward = forward  # type: ignore[method-assign, assignment]
 
     def _forward(self, index: int, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
         layers = self._groups[index]

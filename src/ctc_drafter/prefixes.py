@@ -59,7 +59,13 @@ class Prefixes:
         return self._kept[best].cut(length)
 
     def add(
-        self, ids: Sequence[int], layers: tuple[int, ...], cache: SlotCache, row: int, features: torch.Tensor, known: int
+        self,
+        ids: Sequence[int],
+        layers: tuple[int, ...],
+        cache: SlotCache,
+        row: int,
+        features: torch.Tensor,
+        known: int,
     ) -> None:
         """Keep a prompt that was just read into a row of the cache; `known`: how many of its tokens `find` gave."""
         if len(ids) - known < WORTH:

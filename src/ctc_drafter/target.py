@@ -20,9 +20,9 @@ from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
 from .masks import ragged_mask, row_mask, windows
+from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .prefixes import Prefix
 from .quantization import quantize
-from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .selftest import self_test
 from .tree import DraftTree
 

@@ -60,7 +60,8 @@ def serve(
         str | None, typer.Option("--api-key-env", help="Environment variable with the key that clients must send.")
     ] = None,
     max_context: Annotated[
-        int | None, typer.Option("--max-context", min=1, help="Tokens of a prompt and its answer. Default: the target's.")
+        int | None,
+        typer.Option("--max-context", min=1, help="Tokens of a prompt and its answer. Default: the target's."),
     ] = None,
     memory_limit: MemoryLimit = None,
     prefix_cache: Annotated[
@@ -87,11 +88,22 @@ def serve(
     from ..serving.server import bind, run
 
     bound = bind(host, port)
-    memory = {"context": max_context, "memory_limit": bytes_of(memory_limit), "prefix_cache": bytes_of(prefix_cache)}
+    limit, prefixes = bytes_of(memory_limit), bytes_of(prefix_cache) or 0
     loaded = load_target(target, dtype, device, threads, trust_remote_code, quantize)
     drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
-    limits = {"budget": budget, "slots": slots, "queue": queue}
-    scheduler = Scheduler(loaded, drafters, **limits, timeout=timeout, adaptive=True, **memory)
+    scheduler = Scheduler(
+        loaded,
+        drafters,
+        budget=budget,
+        slots=slots,
+        queue=queue,
+        timeout=timeout,
+        adaptive=True,
+        context=max_context,
+        memory_limit=limit,
+        prefix_cache=prefixes,
+    )
+    loaded.max_context = scheduler.context  # what a request may ask for, and how it is refused, follows from this
     service = Service(
         loaded,
         scheduler,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import packing
+from ..captured import Replayed, Run
 from ..compiled import STEP
 from ..packing import JointLinears
 from ..programs import key_of, program
@@ -83,6 +84,9 @@ class CompiledDraft:
         free: Any = torch.export.Dim.DYNAMIC
         dynamic = [None] * 4 + [{0: free}] + [{2: free}] * (len(arguments) - 5)
         self._program = program(made, arguments, dynamic, key)
+        self._run: Run = self._program.run
+        if target.device.type == "cuda":
+            self._run = Replayed(self._run, changing=5)
 
     def _arguments(self, module: DraftModule, features: torch.Tensor, tokens: torch.Tensor) -> list[torch.Tensor]:
         count, device = tokens.shape[1], tokens.device
@@ -103,5 +107,5 @@ class CompiledDraft:
         """Slot logits (1, N, K + 1) after these pairs, 1 to `pairs` of them, which `module` then holds."""
         arguments = self._arguments(module, features, tokens)
         module.grow(tokens.shape[1])
-        logits: torch.Tensor = self._program.run(arguments)[0]
+        logits: torch.Tensor = self._run(arguments)[0]
         return logits
