@@ -99,7 +99,7 @@ class JointLinears(nn.Module):
                 if forward is None:
                     del layer.__dict__["forward"]
                 else:
-                    layer.forward = forward  # type: ignore[method-assign, assignment]
+                    layer.forward = forward  # type: ignore[method-assign]
 
     def _forward(self, index: int, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
         layers = self._groups[index]
