@@ -27,7 +27,7 @@ from common import about, add_common, timed
 from ctc_drafter import decoding
 from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
-from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter
+from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, compile_passes
 from ctc_drafter.target import LAST, Target, resolve_device, resolve_dtype
 from ctc_drafter.tree import DraftTree
 
@@ -165,7 +165,7 @@ def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> tupl
         for _ in range(WARM_UP):
             run()
         out[m] = statistics.median(timed(run, target.device)[1] for _ in range(times))
-    return out, sum(part.nbytes for pair in cache.views(options.context) for part in pair)
+    return out, options.context * target.position_bytes
 
 
 @torch.inference_mode()
@@ -173,6 +173,8 @@ def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[
     """All about one shape; rates: of steps that accepted their k-th draft token."""
     target = build(name, options)
     drafter = build_drafter(target, options.vocabulary)
+    if options.compile:
+        print(f"compiled in {compile_passes(target, drafter, options.budget):.1f} s", flush=True)
     lengths = replayed(rates, options.steps)
     costs, kv = scoring(target, options)
     plain, drafted = steps(target, drafter, lengths, options)
@@ -238,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=0, help="0: that of the recorded run.")
     default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
     parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
+    parser.add_argument("--compile", action="store_true", help="Compile the passes of the loop; on a GPU, as graphs.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
     add_common(parser, "bfloat16")
     return parser.parse_args()

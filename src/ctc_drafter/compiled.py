@@ -134,15 +134,36 @@ def compiled_pass(target: Target, budget: int, layers: tuple[int, ...]) -> Compi
     target.capture(layers)
     try:
         cache = target.new_cache(2 * STEP + budget)
-        target.prefill([0], cache)
+        target.prefill([0, 1, 2], cache)
         made = CompiledPass(target, budget, cache)
-        made(*_no_nodes(budget, target.device), cache)
+        _check(target, made, budget, cache)
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{target.name}' cannot be compiled here, so leave that out: {reason}") from None
     finally:
         target.capture(before)
     return made
+
+
+def _check(target: Target, made: CompiledPass, budget: int, cache: SlotCache) -> None:
+    """Raise UserError unless a branching tree scores as it does eagerly: compilers err, too."""
+    parents = [(i - 1) // 2 for i in range(budget)]
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    tokens = [(3 + i) % target.vocab_size for i in range(budget)]
+    tree = DraftTree(
+        *(torch.tensor([row], dtype=torch.long, device=target.device) for row in (tokens, parents, depths))
+    )
+    root = torch.full((1, 1), 2, device=target.device)
+    arguments = root, tree, tree.ancestor_mask(), cache
+    got, want = made(*arguments), target.score(*arguments)
+    bound = 1e-3 if target.dtype == torch.float32 else 0.1
+    for one, other in zip(got, want):
+        if other.numel() and float((one - other).abs().max()) > bound * float(other.abs().max()):
+            raise UserError(f"'{target.name}' gives other numbers when it is compiled here, so leave that out.")
 
 
 def _no_nodes(budget: int, device: torch.device) -> tuple[torch.Tensor, DraftTree, torch.Tensor]:

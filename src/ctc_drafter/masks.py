@@ -85,7 +85,7 @@ def slot_mask(
     slots = torch.arange(size, device=device)
     new = length + torch.arange(q, device=device)
     # Copied into its place, which also has a compiled pass write it down once, and not work it out in every layer.
-    seen = (slots < length).expand(q, size).index_copy(1, new, ancestors[0])
+    seen = (slots < length).repeat(q, 1).index_copy(1, new, ancestors[0])
     if window is not None:
         keys = slots.index_copy(0, new, positions[0])
         seen = seen & (positions[0, :, None] - keys < window)
