@@ -18,7 +18,7 @@ import torch
 from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.decoding import PHASES, Step, generate
-from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -97,7 +97,7 @@ def main() -> None:
     target.stop_ids = frozenset()
     drafter = load_drafter(options.drafter, target)
     if options.compile:
-        print(f"compiled in {target.compile(options.budget, drafter.feature_layers):.1f} s", flush=True)
+        print(f"compiled in {compile_passes(target, drafter, options.budget):.1f} s", flush=True)
     rows = measure(target, drafter, options)
     for row in rows:
         at = f"{row['curve']} {row[row['curve']]}"

@@ -15,6 +15,8 @@ import torch
 from .acceptance import Chooser, Sampling, accepted_paths, largest
 from .cache import SlotCache
 from .errors import UserError
+from .memory import check_fits, spare
+from .prefixes import Prefixes
 from .target import Target
 from .tree import DraftTree
 
@@ -123,9 +125,12 @@ class Loop:
     feature layers, or none.
     """
 
-    def __init__(self, target: Target, budget: int, max_rows: int = 1) -> None:
-        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time."""
-        self.target, self.budget, self.max_rows = target, budget, max_rows
+    def __init__(self, target: Target, budget: int, max_rows: int = 1, prefixes: Prefixes | None = None) -> None:
+        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time.
+
+        prefixes: where what is read of prompts is kept for others (None: nowhere).
+        """
+        self.target, self.budget, self.max_rows, self.prefixes = target, budget, max_rows, prefixes
         self.rows: list[Row] = []
         self.cache: SlotCache | None = None
         """None while there are no rows, so that an idle loop holds no memory."""
@@ -133,7 +138,7 @@ class Loop:
     def join(self, row: Row, prompt_ids: list[int], clock: Clock, on_read: Callable[[int], None] | None = None) -> Step:
         """Read the prompt of a new row; its first token comes from that. on_read: see `Target.prefill`."""
         target = self.target
-        capacity = len(prompt_ids) + row.ending.limit + self.budget + 1  # the last pass may overshoot by a whole draft
+        capacity = len(prompt_ids) + row.ending.limit + spare(self.budget)
         if self.cache is None:
             self.cache, place = target.new_cache(capacity), 0
         else:
@@ -141,7 +146,11 @@ class Loop:
         self.rows.append(row)
         try:
             target.capture(row.drafter.feature_layers)
-            logits, features = target.prefill(prompt_ids, self.cache, place, on_read=on_read)
+            known = self.prefixes.find(prompt_ids, target.layers) if self.prefixes is not None else None
+            logits, features = target.prefill(prompt_ids, self.cache, place, on_read=on_read, known=known)
+            if self.prefixes is not None:
+                count = 0 if known is None else len(known.ids)
+                self.prefixes.add(prompt_ids, target.layers, self.cache, place, features, count)
             empty = DraftTree.empty(1, target.device)
             root = row.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
             tokens = row.begin(prompt_ids, features, root)
@@ -269,18 +278,20 @@ def generate(
     stop: Sequence[str] = (),
     profile: bool = False,
     on_read: Callable[[int], None] | None = None,
+    memory_limit: int | None = None,
 ) -> Iterator[Step]:
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
     Ends at one of the target's stop ids (emitted), after a `stop` string, after `max_new_tokens`, or at the context's
     edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter; with a seed
     the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
-    phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. Raises UserError for
-    an empty or too long prompt.
+    phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. `memory_limit`: bytes
+    that keys and values may take. Raises UserError for an empty or too long prompt, and one that may not fit.
     """
     ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
+    check_fits(target, drafter, len(prompt_ids), ending.limit, budget, memory_limit)
     row = Row(target, drafter, sampling or Sampling(), ending)
     loop = Loop(target, budget)
     step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)

@@ -8,7 +8,8 @@ one row count, and a single row reads the plain weight, which is faster; in bflo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,74 @@ class PackedLinears:
         self._rows.append(rows)
 
 
+class JointLinears(nn.Module):
+    """The linear layers of compiled passes, those that read the same input as one product, in float32.
+
+    Weights are transposed, (in, out of all): so MKL needs to rearrange nothing, whatever the number of rows. A layer in
+    bfloat16 is computed in float32 and rounded at its end, which is what a bfloat16 product does too; without AMX that
+    is faster from two rows on, and no slower for one.
+    """
+
+    def __init__(self, groups: Iterable[list[nn.Linear]]) -> None:
+        super().__init__()
+        self._groups = list(groups)
+        self._held: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = [None] * len(self._groups)
+        for i, layers in enumerate(self._groups):
+            together = torch.cat([layer.weight.detach() for layer in layers]).float().t().contiguous()
+            self.register_buffer(f"weight_{i}", together, persistent=False)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Meanwhile the layers' products are these."""
+        layers = [(layer, layer.__dict__.get("forward")) for group in self._groups for layer in group]
+        for i, group in enumerate(self._groups):
+            for part, layer in enumerate(group):
+                layer.forward = self._forward(i, part)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            self._held = [None] * len(self._groups)
+            for layer, forward in layers:
+                if forward is None:
+                    del layer.__dict__["forward"]
+                else:
+                    layer.forward = forward  # type: ignore[method-assign]
+
+    def _forward(self, index: int, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        layers = self._groups[index]
+        bias = layers[part].bias
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            held = self._held[index]
+            if held is None or held[0] is not x:
+                product = x.float() @ getattr(self, f"weight_{index}")
+                held = self._held[index] = x, product.split([layer.out_features for layer in layers], -1)
+            out = held[1][part]
+            return (out if bias is None else out + bias).to(x.dtype)
+
+        return forward
+
+
+def joined_by_input(layers: Iterable[nn.Linear], run: Callable[[], object]) -> list[list[nn.Linear]]:
+    """The layers that `run` calls, in groups of those that it calls with the same tensor; no layer twice."""
+    groups: dict[int, list[nn.Linear]] = {}
+    seen: list[torch.Tensor] = []  # kept, so that no other tensor has the same id
+
+    def note(layer: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        groups.setdefault(id(inputs[0]), []).append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    calls = Counter(layer for group in groups.values() for layer in group)
+    once = ([layer for layer in group if calls[layer] == 1] for group in groups.values())
+    return [group for group in once if group]
+
+
 def linear_of(weight: torch.Tensor) -> nn.Linear:
     """A frozen linear layer that uses `weight` (out, in) as it is."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -75,7 +144,7 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
 
 
 def _packable(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or type(weight) is not nn.Parameter:  # quantized weights bring their own products
         return False
     if weight.dtype == torch.float32:
         return torch.backends.mkl.is_available()

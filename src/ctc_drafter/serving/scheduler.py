@@ -135,15 +135,29 @@ class Scheduler:
         queue: int,
         timeout: float,
         adaptive: bool = False,
+        context: int | None = None,
+        memory_limit: int | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
 
         timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
-        see `Batch`.
+        see `Batch`, which context, memory_limit and prefix_cache go to.
         """
         self.target, self.budget = target, budget
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
-        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
+        self._batch = Batch(
+            target,
+            widest,
+            rows=slots,
+            budget=budget,
+            adaptive=adaptive,
+            context=context,
+            memory_limit=memory_limit,
+            prefix_cache=prefix_cache,
+        )
+        self.context = self._batch.context
+        """The most tokens of a prompt and its answer."""
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
         self._condition = threading.Condition()
