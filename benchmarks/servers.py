@@ -127,7 +127,7 @@ def vllm(
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", target or str(EMBEDDED / "target")]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "target", "--dtype", dtype]
     command += ["--max-num-seqs", str(slots), "--no-enable-prefix-caching", "--enforce-eager"]
-    command += ["--disable-uvicorn-access-log"]
+    command += ["--disable-uvicorn-access-log", "--distributed-executor-backend", "uni"]
     environment = {**os.environ, **VLLM_ENVIRONMENT}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     with tempfile.TemporaryFile() as log:
