@@ -30,9 +30,12 @@ class Server:
         self.model = self.get("/v1/models")["data"][0]["id"]
 
     def get(self, path: str) -> Any:
+        return json.loads(self.text(path))
+
+    def text(self, path: str) -> str:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
+        return connection.getresponse().read().decode()
 
     def ask(self, prompt: str, max_tokens: int) -> Row:
         """Stream one greedy answer; returns its text, token ids, steps (None at vLLM) and times in seconds."""

@@ -7,8 +7,9 @@ One server process after the other: ours with each `--drafter`, then vLLM's if t
 answered alone; then `--clients` clients stream answers for `--seconds`. Time to first token: from sending a request to
 the first chunk with tokens. Time per token: from that chunk to the last, over the tokens that came after the first; a
 mean for each answer, of which percentiles are taken. `wrong` counts answers whose token ids differ from those given
-alone, `errors` those that failed, those whose stream and usage disagree included. Memory is resident memory of the
-server's processes, read every second; what it does after the first fifth of the time says whether it is flat.
+alone, `errors` those that failed, those whose stream and usage disagree included; both count the answers of `--ramp`
+too, the other figures do not. Memory is resident memory of the server's processes, read every second; what it does
+after the first fifth of the time says whether it is flat.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ def load(
     """Rows of prompts and of the memory under load, and the totals."""
     answers: list[Row] = []
     memory: list[Row] = []
-    began = time.perf_counter()
+    began = time.perf_counter() + arguments.ramp
     end = began + seconds
 
     def client(number: int) -> None:
         turn = number * len(prompts) // arguments.clients
-        while time.perf_counter() < end:
+        time.sleep(number * arguments.ramp / arguments.clients)
+        while (now := time.perf_counter()) < end:
             place = turn % len(prompts)
-            row: Row = {"prompt": place}
+            row: Row = {"prompt": place, "measured": now >= began}
             try:
                 row |= server.ask(prompts[place], arguments.max_tokens)
                 ids, want = row.pop("ids"), alone[place]["ids"]
@@ -70,20 +72,21 @@ def load(
         memory.append({"at": round(time.perf_counter() - began, 1), "memory_mb": round(server.memory_mb(), 1)})
         time.sleep(1.0)
     seconds = time.perf_counter() - began
-    good = [row for row in answers if "error" not in row]
+    checked = [row for row in answers if "error" not in row]
+    good = [row for row in checked if row["measured"]]
     tokens = sum(row["tokens"] for row in good)
     steps = [row["steps"] for row in good if row["steps"] is not None]
     totals = {
         "seconds": seconds,
         "answers": len(answers),
-        "errors": len(answers) - len(good),
-        "wrong": sum(not row["identical"] for row in good),
+        "errors": len(answers) - len(checked),
+        "wrong": sum(not row["identical"] for row in checked),
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "tau": tau_of(tokens, len(good), sum(steps)) if steps else None,
         "first_token_seconds": percentiles([row["first"] for row in good]),
         "per_token_seconds": percentiles([row["per_token"] for row in good if row["per_token"] is not None]),
-        "memory": judged(memory),
+        "memory": judged([row for row in memory if row["at"] >= 0]),
         **server.processes(),
     }
     return by_prompt(answers, len(prompts)) + memory[:: max(1, len(memory) // 60)], totals
@@ -151,6 +154,7 @@ def _arguments() -> argparse.Namespace:
         default=[300, 120],
         help="of each server in turn; the last holds for the rest",
     )
+    parser.add_argument("--ramp", type=float, default=0, help="seconds before, in which the clients come one by one")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")

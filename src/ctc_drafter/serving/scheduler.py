@@ -48,6 +48,8 @@ class Job:
     stop: tuple[str, ...]
     drafter: str
     """A key of the scheduler's drafters."""
+    log_probs: int | None = None
+    """How many of the most probable tokens to name beside each chosen one; None: tell no probabilities."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,7 @@ class Scheduler:
             sampling=job.sampling,
             stop=job.stop,
             drafter=self._drafters[job.drafter].twin(),
+            log_probs=job.log_probs,
         )
 
     def _count(self, run: _Run, step: Step) -> tuple[Submission, Event | Exception]:
