@@ -33,7 +33,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 QUESTION = "Name three colours."
 
 
-def send(port: int, case: Case, timeout: float = 60.0) -> tuple[int | None, bytes]:
+def send(port: int, case: Case, timeout: float = 600.0) -> tuple[int | None, bytes]:
     """Status and body of the answer; no status if the server closed the connection without one."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         with suppress(ConnectionError):  # the server may answer, and close, before it has read all
@@ -104,7 +104,7 @@ def by_schema(server: Server, examples: int, seed: int) -> tuple[Counter[str], i
     """Statuses of what schemathesis asked, by the server's own count, and its exit code."""
     before = counted(server)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{server.port}/openapi.json"]
-    command += ["--phases", "coverage,fuzzing", "--checks", CHECKS, "--request-timeout", "60", "--seed", str(seed)]
+    command += ["--phases", "coverage,fuzzing", "--checks", CHECKS, "--request-timeout", "600", "--seed", str(seed)]
     command += ["--max-examples", str(examples), "--continue-on-failure"]
     code = subprocess.run(command, check=False).returncode
     return counted(server) - before, code

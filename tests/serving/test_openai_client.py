@@ -264,6 +264,10 @@ def test_metrics_count_what_happened(server: Live, client: OpenAI) -> None:
     assert grown(f"ctc_drafter_prompt_tokens_total{kind}") == usage.prompt_tokens
     assert grown(f"ctc_drafter_steps_total{kind}") == draft["steps"]
     assert grown(f"ctc_drafter_accepted_tokens_total{kind}") == draft["accepted"]
+    assert grown(f"ctc_drafter_accepted_length_count{kind}") == draft["steps"]
+    assert grown(f"ctc_drafter_accepted_length_sum{kind}") == draft["accepted"]
+    steps, emitted = (after[f"ctc_drafter_accepted_length_{name}{kind}"] for name in ("count", "sum"))
+    assert after[f"ctc_drafter_tau{kind}"] == pytest.approx(1 + emitted / steps, rel=0.05)  # ends are cut
     for name in ("time_to_first_token", "time_per_token", "request"):
         assert grown(f"ctc_drafter_{name}_seconds_count{kind}") == 1
         assert grown(f"ctc_drafter_{name}_seconds_sum{kind}") > 0
