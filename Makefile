@@ -107,13 +107,17 @@ engine: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py --json $(RESULTS)/overhead.json --overwrite
 	$(BIN)/python benchmarks/prefixes.py --json $(RESULTS)/prefixes.json --overwrite
 
-# The server under eight clients, a minute for each drafter; and random requests against it.
+# The server under 32 clients, with and without drafts, and vLLM's (VLLM=.venv-vllm/bin/python); how its memory goes; and
+# ten thousand bad requests.
+SERVING := --prompts $(FILES) --limit 8 --threads 2 --overwrite
 serving: $(STAMP)
-	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json --overwrite $(ARGS)
+	$(BIN)/python benchmarks/serving.py $(SERVING) --seconds 300 120 --json $(RESULTS)/serving.json $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
+	$(BIN)/python benchmarks/serving.py $(SERVING) --drafter ctc --ramp 40 --seconds 300 --json $(RESULTS)/serving-memory.json
+
 
 fuzz: $(STAMP)
 	$(PIP) 'schemathesis>=4'
-	PYTHON=$(BIN)/python benchmarks/fuzz_server.sh $(ARGS)
+	$(BIN)/python benchmarks/fuzz.py --json $(RESULTS)/fuzz.json --overwrite $(ARGS)
 
 # The site. Its tools, and those of a release, have an environment of their own.
 TOOLS ?= .venv-docs

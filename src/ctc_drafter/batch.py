@@ -94,10 +94,12 @@ class Batch:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         drafter: Drafter | None = None,
+        log_probs: int | None = None,
     ) -> int:
         """Begin a row at the next step; returns its key.
 
         drafter: one for this row alone until it ends (None: a twin of the batch's); `NoDrafter()` decodes it plainly.
+        log_probs: as of `generate`.
         All drafters of a batch must read the same feature layers, or none. Raises UserError where `generate` does, if
         no row is free, and if prompt and answer need more than `context`.
         """
@@ -119,7 +121,7 @@ class Batch:
             )
         self._keys += 1
         mine = self._drafter.twin() if drafter is None else drafter
-        row = Row(self.target, mine, sampling or Sampling(), ending)
+        row = Row(self.target, mine, sampling or Sampling(), ending, log_probs)
         self._waiting[self._keys] = row, list(prompt_ids)
         return self._keys
 

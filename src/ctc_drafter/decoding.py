@@ -15,6 +15,7 @@ import torch
 from .acceptance import Chooser, Sampling, accepted_paths, largest
 from .cache import SlotCache
 from .errors import UserError
+from .logprobs import LogProb, log_probs_of
 from .memory import check_fits, spare
 from .prefixes import Prefixes
 from .target import Target
@@ -44,6 +45,8 @@ class Step:
     """The draft tree that was scored; None for the first step, which reads the prompt."""
     error: Exception | None = None
     """Why, if `finish` is `error`."""
+    log_probs: list[LogProb] | None = None
+    """Of each of `tokens`, if they were asked for."""
 
     @classmethod
     def failed(cls, error: Exception) -> Step:
@@ -73,8 +76,12 @@ class Clock:
 class Row:
     """One sequence among those that are advanced together, and what it carries from pass to pass."""
 
-    def __init__(self, target: Target, drafter: Drafter, sampling: Sampling, ending: Ending) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter, sampling: Sampling, ending: Ending, log_probs: int | None = None
+    ) -> None:
+        """log_probs: how many of the most probable tokens to name beside each chosen one (None: tell nothing)."""
         self.drafter, self.ending = drafter, ending
+        self._top = log_probs
         self.chooser = Chooser(sampling, target.device)
         self.context: list[int] = []
         """All ids up to the root."""
@@ -104,6 +111,12 @@ class Row:
             return pairs[0]
         features, next_tokens = zip(*pairs)
         return torch.cat(features, 1), torch.cat(next_tokens, 1)
+
+    def log_probs(self, logits: torch.Tensor, offsets: list[int], tokens: list[int]) -> list[LogProb] | None:
+        """Of tokens chosen at the `offsets` of logits (n, V), if they were asked for."""
+        if self._top is None:
+            return None
+        return log_probs_of(logits[offsets[: len(tokens)]], tokens, self._top)
 
     def commit(self, features: torch.Tensor, chosen: torch.Tensor, offsets: list[int], tokens: list[int]) -> None:
         """Go on after the accepted path `offsets`: features (1, M+1, F * hidden_size) and chosen tokens (1, M+1)."""
@@ -159,7 +172,7 @@ class Loop:
             raise
         clock.lap("prefill")
         emitted, finish = row.ending.cut(tokens)
-        return Step(emitted, 0, 0, clock.seconds, finish)
+        return Step(emitted, 0, 0, clock.seconds, finish, log_probs=row.log_probs(logits, [0], emitted))
 
     def leave(self, row: Row) -> None:
         """Free the row's place, if it has one; the last row moves into it."""
@@ -200,10 +213,12 @@ class Loop:
         for row, (mine, choices), (offsets, tokens) in zip(rows, own, paths):
             row.commit(mine, choices, offsets, tokens)
         clock.lap("commit")
-        for row, scored, (_, tokens) in zip(rows, trees, paths):
+        for i, (row, scored, (offsets, tokens)) in enumerate(zip(rows, trees, paths)):
             emitted, finish = row.ending.cut(tokens)
             accepted = min(len(emitted), len(tokens) - 1)
-            steps.append((row, Step(emitted, accepted, scored.budget, clock.seconds, finish, scored)))
+            told = row.log_probs(logits[i], offsets, emitted)
+            step = Step(emitted, accepted, scored.budget, clock.seconds, finish, scored, log_probs=told)
+            steps.append((row, step))
         return steps
 
     def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
@@ -279,6 +294,7 @@ def generate(
     profile: bool = False,
     on_read: Callable[[int], None] | None = None,
     memory_limit: int | None = None,
+    log_probs: int | None = None,
 ) -> Iterator[Step]:
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
@@ -286,13 +302,14 @@ def generate(
     edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter; with a seed
     the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
     phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. `memory_limit`: bytes
-    that keys and values may take. Raises UserError for an empty or too long prompt, and one that may not fit.
+    that keys and values may take. With `log_probs` steps tell the target's log probabilities of their tokens, and so
+    many of the most probable ones. Raises UserError for an empty or too long prompt, and one that may not fit.
     """
     ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
     check_fits(target, drafter, len(prompt_ids), ending.limit, budget, memory_limit)
-    row = Row(target, drafter, sampling or Sampling(), ending)
+    row = Row(target, drafter, sampling or Sampling(), ending, log_probs)
     loop = Loop(target, budget)
     step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
     yield step

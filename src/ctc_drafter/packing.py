@@ -3,6 +3,8 @@
 `F.linear` lets MKL (float32) or oneDNN (bfloat16) rearrange a weight on every call. Packed beforehand, a product with
 a few rows runs up to twice as fast; numbers differ from `F.linear` by rounding only. In float32 a packed weight serves
 one row count, and a single row reads the plain weight, which is faster; in bfloat16 one packed weight serves all.
+Batches, whose row counts come and go, have their rows filled up with zeros to a multiple of GRAIN, so that a few copies
+serve all of them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch import nn
 
 MAX_BYTES = 2**30
 MAX_ROWS = 64
+GRAIN = 8
+"""Rows of batched passes are filled up to a multiple of it: that costs less than what packing gains."""
 PATIENCE = 8
-"""Batched passes with the same number of rows before weights are packed for it."""
+"""Batched passes of a size before weights are packed for it."""
 ANY = 0  # row count under which a weight packed for all row counts is kept
 
 
@@ -38,12 +42,14 @@ class PackedLinears:
     def prepare(self, rows: int, after: int = 1) -> None:
         """Pack for products of `rows` rows, unless that is done or pointless; past MAX_BYTES the oldest copies go.
 
-        after: in float32, the how-manieth call for these rows packs for them. Packing takes as long as several products
-        do, and takes memory, so a row count that may not come again should wait.
+        after: in float32, the how-manieth call packs. Packing takes as long as several products do, and takes memory,
+        so a row count that may not come again should wait; with more than 1 it is done for the next multiple of GRAIN,
+        which serves the counts below it too.
         """
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
+        rows = rows if after == 1 or rows > MAX_ROWS else filled(rows)
         if not low_precision and not 1 < rows <= MAX_ROWS:
             return
         rows = ANY if low_precision else rows
@@ -66,6 +72,11 @@ class PackedLinears:
             else:
                 packed[rows] = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
         self._rows.append(rows)
+
+
+def filled(rows: int) -> int:
+    """The next multiple of GRAIN."""
+    return -(-rows // GRAIN) * GRAIN
 
 
 class JointLinears(nn.Module):
@@ -154,10 +165,18 @@ def _packable(weight: torch.Tensor) -> bool:
 def _forward_float32(layer: nn.Linear, packed: dict[int, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if not torch.compiler.is_compiling() and rows in packed and torch.is_inference_mode_enabled():
-            out: torch.Tensor = torch.ops.mkl._mkl_linear(x, packed[rows], layer.weight, layer.bias, rows)
+        if rows < 2 or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return F.linear(x, layer.weight, layer.bias)
+        out: torch.Tensor
+        if rows in packed:
+            out = torch.ops.mkl._mkl_linear(x, packed[rows], layer.weight, layer.bias, rows)
             return out
-        return F.linear(x, layer.weight, layer.bias)
+        size = filled(rows)
+        if size not in packed:
+            return F.linear(x, layer.weight, layer.bias)
+        x_filled = F.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
+        out = torch.ops.mkl._mkl_linear(x_filled, packed[size], layer.weight, layer.bias, size)
+        return out[:rows].view(*x.shape[:-1], -1)
 
     return forward
 
