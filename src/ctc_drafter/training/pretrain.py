@@ -271,7 +271,7 @@ def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step:
     labels = block[:, 1, 1:].reshape(-1).long()
     padding = -len(labels) % CHUNK  # one chunk shape, one compilation
     hidden, labels = F.pad(hidden, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=IGNORE)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)  # type: ignore[no-untyped-call]
     return loss
 
 
