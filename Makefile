@@ -87,10 +87,12 @@ runs/embedded/functions.jsonl: recipes/python_functions.txt recipes/python_funct
 # The figures of the README; EVAL holds mt_bench.jsonl, gsm8k_test.jsonl and humaneval.jsonl.
 EVAL ?= data/eval
 SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
+BOTH := --drafter ctc+lookup --drafter ctc
 bench: $(STAMP)
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/ctc-float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --budget 8 --dtype bfloat16 --json benchmarks/results/ctc-bfloat16.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 --budget 16 --drafter ctc --drafter paper --drafter lookup --dtype float32 --json benchmarks/results/methods-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json benchmarks/results/bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json benchmarks/results/methods-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json benchmarks/results/sampled-float32.json
 	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json benchmarks/results/batches.json
 
 # Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from .masks import ragged_mask, row_mask, windows
 from .packing import PATIENCE, PackedLinears
 from .selftest import self_test
 from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 EMBEDDED = Path(__file__).parent / "embedded"
 CHUNK = 512
@@ -55,6 +58,7 @@ class Target:
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if named else "past_key_values"
+        self._probe: list[float] | None = None
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -80,6 +84,14 @@ class Target:
         """LM head, weight (V, hidden_size)."""
         module: nn.Linear = self.model.get_output_embeddings()
         return module
+
+    def probe(self) -> list[float]:
+        """A few weights spread over the model: enough to tell it from its fine-tuned siblings, in any dtype."""
+        if self._probe is not None:
+            return self._probe
+        parameters = [p for _, p in sorted(self.model.named_parameters())]
+        step = max(1, len(parameters) // 16)
+        return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]
 
     @classmethod
     def load(
@@ -261,6 +273,25 @@ class Target:
             if (count, captured) not in self._compiled:
                 self._compiled[count, captured] = compiled_pass(self, count, captured)
         return time.perf_counter() - began
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Share out the decoder layers' weights over the processes of `mesh` (FSDP2), and move the rest to its device.
+
+        Each layer is whole for the time of its own pass only, so from now on all processes make the same passes.
+        Embedding, norms outside the layers and LM head, which drafters read, stay whole everywhere.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        self._probe = self.probe()
+        self._packed = PackedLinears(())  # whose copies would be of whole weights
+        layers = _decoder_layers(self.model, self.num_layers)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        shared = set(layers.parameters())
+        decoder = self.model.get_decoder()
+        # The root of the layers, so that the next one's weights arrive while this one computes.
+        fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if p not in shared})
+        self.model.to(mesh.device_type)
 
     # ------------------------------------------------------------ text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctc_drafter.acceptance import Sampling
 from ctc_drafter.bench.measure import (
@@ -12,7 +13,9 @@ from ctc_drafter.bench.measure import (
     Contender,
     Row,
     acceptance_at,
+    calibration,
     compare,
+    expected_length,
     first_gap,
     measure,
     timed,
@@ -24,6 +27,7 @@ from ctc_drafter.drafters import load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.loops import ends_in_loop
 from ctc_drafter.target import Target
+from ctc_drafter.tree import DraftTree
 
 PHASES = {"draft": 0.1, "tree": 0.1, "score": 0.6, "accept": 0.15, "commit": 0.05}
 STEPS = [
@@ -47,6 +51,7 @@ def test_answer_counts_steps_without_the_prefill(target: Target) -> None:
     assert list(timed(iter(STEPS), seen, target)) == STEPS
     assert seen.tokens == [7, 1, 2, 3, 4, 5, 6]
     assert seen.accepted == [2, 0, 1]
+    assert seen.expected == [None, None, None]  # these trees say no probabilities
     assert seen.tau == pytest.approx(6 / 3)  # = 1 + accepted / steps
     assert seen.parts["score"] == pytest.approx(1.8) and seen.parts["prefill"] == 0.5
     assert seen.finish == "stop"
@@ -163,3 +168,17 @@ def test_prompts_beyond_the_context(target: Target, drafter_folder: Path) -> Non
     (result,) = measure(target, [contender], prompts, max_new_tokens=4, skip_too_long=True)
     assert [(s["id"], s["turn"]) for s in result.skipped] == [("long", 0), ("later", 1)]
     assert [(r["id"], r["turn"]) for r in result.rows] == [("later", 0)]
+
+
+def test_calibration_compares_what_was_expected_with_what_came() -> None:
+    steps = [(0.5, 1), (0.25, 0), (None, 7), (2.5, 3), (2.0, 2)]
+    got = calibration(steps)
+    assert got == {"steps": 4, "expected": 1.3125, "accepted": 1.5, "bins": [[2, 0.375, 0.5], [2, 2.25, 2.5]]}
+    assert calibration([(None, 3)]) is None and calibration([]) is None
+
+
+def test_a_tree_expects_the_sum_of_its_probabilities() -> None:
+    rows = [torch.tensor([row]) for row in ([5, 6, 0], [-1, 0, -1], [1, 2, 1])]
+    probs = torch.tensor([[0.5, 0.25, 0.0]])
+    assert expected_length(DraftTree(*rows, probs.log())) == pytest.approx(0.75)
+    assert expected_length(DraftTree(*rows)) is None and expected_length(None) is None

@@ -32,6 +32,7 @@ ROW = {
     "gap": 0.0,
     "looped": False,
     "accepted": [1, 1],
+    "expected": [0.5, 1.5],
     "parts": {"prefill": 0.1, "draft": 0.1, "tree": 0.1, "score": 0.1, "accept": 0.05, "commit": 0.05},
 }
 

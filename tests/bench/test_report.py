@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from ctc_drafter.bench.compare import compare_files, read_drafter_folder, read_history
 from ctc_drafter.bench.markdown import duration, run_report
 from ctc_drafter.bench.measure import Result
-from ctc_drafter.bench.plots import PHASE_COLOURS
 from ctc_drafter.bench.results import document, write_json
+from ctc_drafter.bench.sheets import PHASE_COLOURS, Sheets
 from ctc_drafter.cli import app
 from ctc_drafter.decoding import PHASES
 from ctc_drafter.errors import UserError
@@ -34,7 +34,8 @@ def rows(seconds: float, accepted: int = 2, identical: bool = True) -> list[dict
             **{"id": i, "category": "ab"[i % 2], "turn": 0, "tokens": 1 + 4 * (1 + accepted), "steps": 4},
             **{"seconds": seconds, "plain_tokens": 1 + 4 * (1 + accepted), "plain_seconds": 1.0},
             **{"identical": identical or i > 0, "gap": 0.0 if identical or i > 0 else 0.03, "looped": False},
-            **{"accepted": [accepted] * 4, "parts": {name: seconds / 5 for name in PHASES}},
+            **{"accepted": [accepted] * 4, "expected": [1.25, 2.5, 2.0, None]},
+            **{"parts": {name: seconds / 5 for name in PHASES}},
         }
         for i in range(4)
     ]
@@ -103,6 +104,7 @@ def test_the_numbers_are_those_of_the_files(write: Write, tmp_path: Path) -> Non
     text = page(path, output=tmp_path / "out")
     assert f"| a | {totals['categories']['a']['tau']:.2f} / {totals['categories']['a']['speedup']:.2f} |" in text
     assert "| `ctc` | 100.0% | 100.0% | 100.0% |" in text
+    assert totals["calibration"]["bins"] == [[4, 1.25, 3.0], [8, 2.25, 3.0]]
     assert "| `ctc` | 25,000 | 25,000 | 25,000 | 25,000 | 25,000 | 125,000 |" in text
 
 
@@ -158,14 +160,21 @@ def test_figures_are_drawn_and_shown(write: Write, tmp_path: Path, format: str) 
         assert image.width > 1500 and image.height > 400 and colours is not None and len(colours) > 50
 
 
+def test_calibration_is_drawn_where_there_are_enough_steps(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bins = [[30, 0.5, 0.6], [25, 1.5, 1.25], [3, 2.5, 9.0]]
+    known = {"steps": 58, "expected": 1.0, "accepted": 1.3, "bins": bins}
+    text = page(write("ctc", 8, change=put("totals", "calibration", known)), output=tmp_path / "out", figures=True)
+    assert "](calibration.png)" in text and (tmp_path / "out" / "calibration.png").stat().st_size > 10_000
+
+
 def test_a_method_keeps_its_colour_and_every_phase_has_one(write: Write, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from ctc_drafter.bench.compare import Training
-    from ctc_drafter.bench.plots import _Sheets
 
     comparison = compare_files([write("ctc", 8), write("paper", 8, 0.2), write("ctc", 16)])
     trainings = [Training("paper", HISTORY), Training("new", HISTORY)]  # type: ignore[arg-type]
-    sheets = _Sheets(comparison, trainings, tmp_path, "png")
+    sheets = Sheets(comparison, trainings, tmp_path, "png")
     assert len({sheets.colour(name) for name in ("ctc", "paper", "new")}) == 3
     assert sheets.of_training(trainings[0]) == "paper"
     assert tuple(PHASE_COLOURS) == PHASES

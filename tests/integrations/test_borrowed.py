@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ctc_drafter.drafters import load_drafter
-from ctc_drafter.drafters.base import probe
 from ctc_drafter.errors import UserError
 from ctc_drafter.integrations.borrowed import borrow_target
 from ctc_drafter.target import Target
@@ -25,7 +24,7 @@ def borrow(folder: Path, dtype: torch.dtype = torch.float32) -> Target:
 )
 def test_it_is_known_as_the_whole_target_is(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
     whole, part = Target.load(save_model(tmp_path / "m", kind, **options)), borrow(tmp_path / "m")
-    assert probe(part) == probe(whole)
+    assert part.probe() == whole.probe()
     assert torch.equal(part.embedding.weight, whole.embedding.weight)
     assert torch.equal(part.head.weight, whole.head.weight)
     assert (part.vocab_size, part.hidden_size, part.name) == (whole.vocab_size, whole.hidden_size, whole.name)

@@ -15,8 +15,9 @@ import pytest
 import torch
 import yaml
 
+from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
-from ctc_drafter.training.trainer import TrainConfig
+from ctc_drafter.training.trainer import TrainConfig, train
 from small_run import ONE_THREAD, command, history, run, small_recipe, weights, write_data
 
 
@@ -70,6 +71,28 @@ def test_two_processes_train_what_one_does(accumulate: int, recipe: TrainConfig,
     assert yaml.safe_load((folder / "run.yaml").read_text())["processes"] == 2
     assert result.stdout == f"Drafter: {folder}\n"
     assert result.stderr.count("target   tiny") == result.stderr.count("step 3") == 1
+
+
+@pytest.mark.slow
+def test_a_shared_out_target_trains_what_a_whole_one_does(recipe: TrainConfig, target: Target, tmp_path: Path) -> None:
+    """Losses, tau and weights to 1e-4, while each process holds half of the layers' weights."""
+    recipe = replace(recipe, evaluate_prompts=2, evaluate_tokens=8, checkpoint_every=2)
+    alone = replace(recipe, output=str(tmp_path / "alone"))
+    assert run(alone).returncode == 0
+    result = run(replace(recipe, shard=True), processes=2)
+    assert result.returncode == 0, result.stderr
+    for name, value in weights(Path(alone.output)).items():
+        torch.testing.assert_close(weights(Path(recipe.output))[name], value, rtol=0, atol=1e-4)
+    for got, want in zip(history(Path(recipe.output)), history(Path(alone.output)), strict=True):
+        assert got == pytest.approx(want, abs=2e-4)
+    layers = sum(p.numel() for p in target.model.get_decoder().layers.parameters())
+    whole = sum(p.numel() for p in target.model.parameters())
+    assert f"each process holds {whole - layers // 2:,} parameters" in " ".join(result.stderr.split())
+
+
+def test_sharding_alone_is_refused(recipe: TrainConfig) -> None:
+    with pytest.raises(UserError, match="shard needs several processes"):
+        train(replace(recipe, shard=True))
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ from .compare import (
     read_history,
     target_text,
 )
-from .plots import FORMATS, Picture, check_plots, draw_all
+from .plots import check_plots, draw_all
 from .results import check_output
+from .sheets import FORMATS, Picture
 
 REPORT = "report.md"
 

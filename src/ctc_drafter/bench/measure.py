@@ -4,6 +4,8 @@
     acceptance at k     steps that accepted their k-th draft token / steps (unconditional)
     speedup             (tokens / seconds) drafted / (tokens / seconds) plain, totals over totals
     efficiency          speedup / tau
+    calibration         tokens that the drafter expects to be accepted, the sum of its tree's probabilities, beside
+                        those that are, over the steps whose trees have probabilities
     identical           answers whose tokens all equal the plain run's
     looped              answers that end in a repeating loop; loops are easy to draft and flatter tau
 
@@ -28,6 +30,7 @@ from ..drafters import Drafter, load_drafter
 from ..errors import UserError
 from ..loops import ends_in_loop
 from ..target import Target
+from ..tree import DraftTree
 from .prompts import Prompt
 
 WARM_UP_TOKENS = 24
@@ -53,12 +56,15 @@ class Answer:
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     finish: str | None = None
+    expected: list[float | None] = field(default_factory=list)
+    """What the drafter expected in place of `accepted`; None where its tree has no probabilities."""
 
     def add(self, step: Step) -> None:
         """Count one step; the prefill (whose seconds say so) is not a verification step."""
         self.tokens += step.tokens
         if "prefill" not in step.seconds:
             self.accepted.append(step.accepted)
+            self.expected.append(expected_length(step.tree))
         for name, seconds in step.seconds.items():
             self.parts[name] = self.parts.get(name, 0.0) + seconds
         self.finish = step.finish
@@ -230,6 +236,7 @@ def compare(target: Target, ids: list[int], drafted: Answer, plain: Answer, samp
         "gap": gap,
         "looped": ends_in_loop(drafted.tokens),
         "accepted": drafted.accepted,
+        "expected": [None if e is None else round(e, 3) for e in drafted.expected],
         "parts": drafted.parts,
     }
 
@@ -257,6 +264,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
         "efficiency": _ratio(speedup, tau),
         "identical": None if sampled else sum(row["identical"] for row in rows),
         "largest_gap": max(gaps, default=None),
+        "calibration": calibration([pair for row in rows for pair in zip(row["expected"], row["accepted"])]),
         "looped": sum(row["looped"] for row in rows),
         "split": split([row["parts"] for row in rows], steps),
     }
@@ -270,6 +278,29 @@ def tau_of(tokens: int, answers: int, steps: int) -> float | None:
 def acceptance_at(accepted: Sequence[int]) -> list[float]:
     """For k = 1, 2, ...: the share of steps that accepted at least k draft tokens."""
     return [sum(n >= k for n in accepted) / len(accepted) for k in range(1, max(accepted, default=0) + 1)]
+
+
+def expected_length(tree: DraftTree | None) -> float | None:
+    """How many nodes of a tree of one row are accepted, by its own probabilities; None if it has none."""
+    if tree is None or tree.log_probs is None:
+        return None
+    return float(tree.log_probs.exp().sum())
+
+
+def calibration(steps: Sequence[tuple[float | None, int]]) -> dict[str, Any] | None:
+    """Mean expected and mean accepted length of (expected, accepted) pairs, and of those by the expected length's
+    whole part under `bins`: [steps, expected, accepted]. Pairs without an expectation do not count; None: no other."""
+    known = [(expected, accepted) for expected, accepted in steps if expected is not None]
+    if not known:
+        return None
+
+    def mean(pairs: Sequence[tuple[float, int]]) -> list[float]:
+        return [sum(column) / len(pairs) for column in zip(*pairs)]
+
+    parts = [[pair for pair in known if int(pair[0]) == n] for n in range(int(max(known)[0]) + 1)]
+    expected, accepted = mean(known)
+    bins = [[len(part), *mean(part)] for part in parts if part]
+    return {"steps": len(known), "expected": expected, "accepted": accepted, "bins": bins}
 
 
 def split(parts: Sequence[dict[str, float]], steps: int) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def print_report(console: Console, results: Sequence[Result]) -> None:
     console.print(f"Peak memory of the process: {number(results[0].totals['peak_memory_mb'], 0)} MB.")
     for result in results:
         label, totals = _label(result), result.totals
+        if line := calibration_line(result):
+            console.print(line)
         if totals["identical"] is not None and totals["identical"] < totals["answers"]:
             console.print(
                 f"{label}: {totals['answers'] - totals['identical']} answers differ from plain decoding; the largest "
@@ -85,6 +87,17 @@ def acceptance_table(results: Sequence[Result]) -> Table:
         rates = result.totals["acceptance_at"][:shown]
         table.add_row(_label(result), *(percent(rate, 1) for rate in rates), *["-"] * (shown - len(rates)))
     return table
+
+
+def calibration_line(result: Result) -> str | None:
+    """What the drafter expected to be accepted beside what was; None if it says no probabilities."""
+    known = result.totals["calibration"]
+    if known is None:
+        return None
+    return (
+        f"{_label(result)}: {known['accepted']:.2f} draft tokens accepted a step, "
+        f"{known['expected']:.2f} expected ({known['steps']:,} steps)."
+    )
 
 
 def split_table(results: Sequence[Result]) -> Table:

@@ -54,7 +54,10 @@ TargetName = Annotated[
 ]
 DrafterName = Annotated[
     str | None,
-    typer.Option("--drafter", help="Drafter folder, `ctc` (embedded, the default), `paper`, `lookup` or `none`."),
+    typer.Option(
+        "--drafter",
+        help="Drafter folder, `ctc`, `paper`, `lookup`, `none`, or NAME+lookup for both; default: `ctc+lookup`.",
+    ),
 ]
 Budget = Annotated[int, typer.Option("--budget", min=1, help="Draft nodes scored per step.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]

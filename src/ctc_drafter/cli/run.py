@@ -182,11 +182,12 @@ def bench(
     arguments = dict(locals())
     sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     from ..bench.command import run_bench
+    from ..drafters import DEFAULT
 
     run_bench(
         lambda: load_target(target, dtype, device, threads, trust_remote_code),
         prompts,
-        drafters=drafter or ["ctc"],
+        drafters=drafter or [DEFAULT],
         budgets=budget or [BUDGET],
         output=json,
         overwrite=overwrite,

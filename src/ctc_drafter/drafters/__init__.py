@@ -9,6 +9,7 @@ from ..target import EMBEDDED, Target
 from .base import DRAFTERS, Drafter, TrainableDrafter, load_trainable, register
 from .ctc import CTCConfig, CTCDrafter
 from .eagle import EagleConfig, EagleDrafter
+from .hybrid import HybridDrafter
 from .hydra import HydraConfig, HydraDrafter
 from .lookup import LookupDrafter
 from .medusa import MedusaConfig, MedusaDrafter
@@ -16,6 +17,7 @@ from .none import NoDrafter
 from .parallel import ParallelConfig, ParallelDrafter
 
 __all__ = [
+    "DEFAULT",
     "DRAFTERS",
     "CTCConfig",
     "CTCDrafter",
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 EMBEDDED_DRAFTERS = ("ctc", "paper")
+DEFAULT = "ctc+lookup"
+LOOKUP = "+lookup"
+"""After a drafter's name: with prompt lookup beside it."""
 
 
 def drafter_folder(name: str) -> Path:
@@ -45,11 +50,14 @@ def drafter_folder(name: str) -> Path:
 
 
 def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
-    """A drafter for `target`: `none`, `lookup`, an embedded one (`ctc`, the default; `paper`), or a checkpoint folder.
+    """A drafter for `target`: `none`, `lookup`, an embedded one (`ctc`, `paper`), or a checkpoint folder.
 
-    Raises UserError if there is no such drafter or it was made for another target.
+    NAME+lookup is any of these with lookup beside it, as in `ctc+lookup`, the default. Raises UserError if there is no
+    such drafter or it was made for another target.
     """
-    name = name_or_path or "ctc"
+    name = name_or_path or DEFAULT
+    if name.endswith(LOOKUP):
+        return HybridDrafter(load_drafter(name.removesuffix(LOOKUP), target))
     kind = DRAFTERS.get(name)
     if kind is not None and not issubclass(kind, TrainableDrafter):
         return kind()

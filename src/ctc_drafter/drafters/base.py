@@ -155,7 +155,7 @@ class TrainableDrafter(Drafter):
                     "architectures": list(target.model.config.architectures or []),
                     "hidden_size": target.hidden_size,
                     "vocab_size": target.vocab_size,
-                    "probe": probe(target),
+                    "probe": target.probe(),
                 },
             },
             "drafter": dataclasses.asdict(self.config),
@@ -318,17 +318,10 @@ def _check_target(folder: Path, verifier: dict[str, Any], target: Target) -> Non
                 f"Drafter '{folder}' was made for target '{made_for}' with {key} {verifier.get(key)}, "
                 f"but '{target.name}' has {mine}; train one with `ctc-drafter train --target …`."
             )
-    theirs, ours = verifier.get("probe") or [], probe(target)
+    theirs, ours = verifier.get("probe") or [], target.probe()
     same = len(theirs) == len(ours) and all(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in zip(theirs, ours))
     if not same:
         raise UserError(
             f"Drafter '{folder}' was made for target '{made_for}', whose weights differ from those of '{target.name}'; "
             "train one with `ctc-drafter train --target …`."
         )
-
-
-def probe(target: Target) -> list[float]:
-    """A few weights spread over the target: enough to tell it from its fine-tuned siblings, in any dtype."""
-    parameters = [p for _, p in sorted(target.model.named_parameters())]
-    step = max(1, len(parameters) // 16)
-    return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]

@@ -12,6 +12,8 @@ from .base import Drafter, register
 MAX_NGRAM = 4
 MAX_LENGTH = 10
 """Longest continuation that is copied."""
+NEAREST = 8
+"""Places among which `longest` chooses."""
 
 
 @register("lookup")
@@ -37,10 +39,28 @@ class LookupDrafter(Drafter):
         return next_tokens.device
 
     def tree(self, guess: torch.device, budget: int) -> DraftTree:
-        places: list[int] = []
+        latest = reversed(self._places()[-budget:])
+        return DraftTree.from_paths([[self._tokens[i : i + MAX_LENGTH] for i in latest]], budget, guess)
+
+    def _places(self) -> list[int]:
+        """Where the text went on after its longest suffix that occurred before, in order of occurrence."""
         for n in range(min(MAX_NGRAM, len(self._tokens)), 0, -1):
             places = self._after.get(tuple(self._tokens[-n:]), [])
             if places:
-                break
-        latest = reversed(places[-budget:])
-        return DraftTree.from_paths([[self._tokens[i : i + MAX_LENGTH] for i in latest]], budget, guess)
+                return places
+        return []
+
+    def longest(self, limit: int) -> tuple[int, list[int]]:
+        """How many tokens before the text's end stand before some earlier place too, and what follows there.
+
+        The longest such match among the last NEAREST places, the latest first; it is not followed beyond `limit`
+        tokens. 0 and an empty list if the last token is new.
+        """
+        tokens, best, place = self._tokens, 0, 0
+        for i in reversed(self._places()[-NEAREST:]):
+            n = 1
+            while n < min(i, limit) and tokens[i - 1 - n] == tokens[-1 - n]:
+                n += 1
+            if n > best:
+                best, place = n, i
+        return best, tokens[place : place + MAX_LENGTH] if best else []

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 FREE = {
     *("output", "device", "features", "skip_bad_shards", "steps", "decay", "accumulate", "checkpoint_every"),
-    *("trust_remote_code", "store"),
+    *("trust_remote_code", "store", "shard"),
 }
 """What may change between a run and its continuation."""
 
@@ -37,6 +37,8 @@ class TrainConfig:
     """Drafting problems drawn from each sequence."""
     max_tokens: int = 512
     """Longer sequences are cut."""
+    shard: bool = False
+    """Under torchrun: share out the target's layers over the processes (FSDP2), if it is too large for one device."""
     features: str | None = None
     """Folder of `ctc-drafter cache-features`; None: the target runs in every step."""
     skip_bad_shards: bool = False

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..drafters.base import probe
 from ..errors import UserError
 from ..files import write_text
 from ..target import Target
@@ -117,7 +116,7 @@ def _index(
     return {
         "format": FORMAT,
         "target": target.name,
-        "probe": probe(target),
+        "probe": target.probe(),
         "hidden_size": target.hidden_size,
         "layers": list(layers),
         "dtype": _name(target.dtype),
@@ -374,7 +373,7 @@ def _check(folder: Path, index: dict[str, Any], config: TrainConfig, target: Tar
     problems = [f"{key} {made[key]} instead of {now[key]}" for key in made if made[key] != now[key]]
     lacking = [str(layer) for layer in layers if layer not in index["layers"]]
     problems += [f"layers {index['layers']} without {', '.join(lacking)}"] if lacking else []
-    problems += [] if index["probe"] == probe(target) else [f"another target, '{index.get('target')}'"]
+    problems += [] if index["probe"] == target.probe() else [f"another target, '{index.get('target')}'"]
     if problems:
         raise UserError(f"'{folder}' does not fit the recipe, for it was made with {' and '.join(problems)}.")
 

@@ -145,7 +145,10 @@ class Training:
             )
 
     def checkpoint(self, seconds: float) -> dict[str, float]:
-        """Evaluate and save; returns the new row of the history, `seconds` being the run's time so far."""
+        """Evaluate and save; returns the new row of the history, `seconds` being the run's time so far.
+
+        With a shared-out target all processes evaluate, for its passes need them all; the first one saves.
+        """
         config, target, drafter = self.config, self.target, self.drafter
         row = {"step": self.done, "loss": self.mean}
         with self.average.in_place():
@@ -159,6 +162,8 @@ class Training:
                 copy_weights(self.weights, self.best)
         row["seconds"] = seconds
         self.history.append({k: round(v, 4) for k, v in row.items()})
+        if not self.setup.processes.first:
+            return self.history[-1]
         meta = {"step": self.done, "history": self.history, "mean": self.mean, "kept": self.kept}
         save_training_state(self.state_path, self._saved, self.optimizers, meta)
         self._write_history()
@@ -204,7 +209,8 @@ def optimize(training: Training, *, wandb: bool = False) -> None:
                 if logs is not None:
                     rate = training.learning_rate_factor(index)
                     logs.write(index + 1, {"train/loss": loss, "train/learning_rate_factor": rate})
-                if first and ((index + 1) % config.checkpoint_every == 0 or index + 1 == config.steps):
+                due = (index + 1) % config.checkpoint_every == 0 or index + 1 == config.steps
+                if due and (first or config.shard):
                     row = training.checkpoint(time.time() - began)
                     progress.console.print("  ".join(f"{k} {v:g}" for k, v in row.items()))
                     if logs is not None:

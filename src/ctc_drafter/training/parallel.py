@@ -3,7 +3,8 @@
 Each process has the whole frozen target and the whole drafter, and does its share of every batch. All of them draw the
 same problems from the same seed, so each knows the weight of its share without asking; the weighted gradients are
 summed once per step. That is plain data parallelism without a wrapper around the drafter, whose training entry is
-`train_loss` and not `forward`, and some of whose parameters may have no gradient.
+`train_loss` and not `forward`, and some of whose parameters may have no gradient. A target that one device cannot hold
+is shared out (`shard`, FSDP2); the drafter, a few percent of its size, never needs to be.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import UserError
+from ..target import Target
 
 PATIENCE = timedelta(hours=4)
 """How long the others wait for the first process, which alone reads tau and writes."""
@@ -98,6 +100,14 @@ class Processes:
         for p, anywhere in zip(parameters, present.tolist()):
             if anywhere:
                 p.grad = self.total(torch.zeros_like(p) if p.grad is None else p.grad)
+
+    def shard(self, target: Target) -> None:
+        """Share out the target's layers over the processes. Raises UserError in a run alone."""
+        if self.count == 1:
+            raise UserError("shard needs several processes: torchrun --nproc_per_node N -m ctc_drafter train ...")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        target.shard(init_device_mesh(torch.device(self.device).type, (self.count,)))
 
     def close(self) -> None:
         """End the connection between the processes."""

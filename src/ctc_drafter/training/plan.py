@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..words import byte_size
 from .loop import Setup, Training
@@ -27,6 +28,9 @@ def print_plan(setup: Setup) -> None:
     )
     if setup.processes.count > 1:
         console.print(f"parallel {setup.processes.count} processes, each on 1/{setup.processes.count} of a batch")
+    if config.shard:
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in target.model.parameters())
+        console.print(f"sharded  each process holds {held:,} parameters of the target")
 
 
 def print_estimate(training: Training) -> None:

@@ -65,9 +65,10 @@ def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) ->
 
 def _prepare(config: TrainConfig, processes: Processes, console: Console) -> Setup:
     """Load the target, build the drafter and read the data."""
-    target = Target.load(
-        config.target, dtype=config.dtype, device=processes.device, trust_remote_code=config.trust_remote_code
-    )
+    device = "cpu" if config.shard else processes.device
+    target = Target.load(config.target, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
+    if config.shard:
+        processes.shard(target)
     torch.manual_seed(config.seed)
     drafter = new_drafter(config, target)
     if config.init is not None:
