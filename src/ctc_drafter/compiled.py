@@ -35,7 +35,7 @@ class _ViewLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.slots, self.size = keys, values, slots, size
         self.is_initialized = True
 

@@ -158,7 +158,7 @@ def _packable(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or type(weight) is not nn.Parameter:  # quantized weights bring their own products
         return False
     if weight.dtype == torch.float32:
-        return torch.backends.mkl.is_available()
+        return bool(torch.backends.mkl.is_available())
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

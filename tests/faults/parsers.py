@@ -8,8 +8,9 @@ from pathlib import Path
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.config import load_recipe
 from ctc_drafter.errors import UserError
+from ctc_drafter.jsonl import read_jsonl
 from ctc_drafter.training.config import TrainConfig
-from ctc_drafter.training.data import Exclusion, prompt_messages, read_jsonl
+from ctc_drafter.training.data import Exclusion, prompt_messages
 from ctc_drafter.training.distill import DistillConfig, _finished
 from ctc_drafter.training.pretrain import PretrainConfig
 

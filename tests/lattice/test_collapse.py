@@ -7,11 +7,10 @@ import math
 from collections import defaultdict
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.lattice.collapse import collapse, collapse_batch, collapsed_tree, top_paths
+from ctc_drafter.lattice.collapse import collapse, collapsed_tree, top_paths
 
 from .slot_paths import enumerate_texts, prefix_mass, random_log_probs, spell
 
@@ -21,18 +20,9 @@ def test_collapse_by_hand():
     assert collapse([9, 9], blank=9) == [] and collapse([], blank=9) == []
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_collapse_batch_is_collapse(paths):
-    tokens, lengths = collapse_batch(torch.tensor(paths), blank=3)
-    for path, row, length in zip(paths, tokens.tolist(), lengths.tolist(), strict=True):
-        assert row[:length] == collapse(path, 3) == list(spell(tuple(path), 3, merge=True))
-        assert row[length:] == [3] * (5 - length)
-
-
-def test_collapse_batch_takes_any_leading_shape():
-    tokens, lengths = collapse_batch(torch.tensor([[[0, 0, 2], [1, 2, 1]]]), blank=2)
-    assert tokens.tolist() == [[[0, 2, 2], [1, 1, 2]]] and lengths.tolist() == [[1, 2]]
+@given(st.lists(st.integers(0, 3), max_size=7))
+def test_collapse_spells_as_the_definition_does(path):
+    assert collapse(path, 3) == list(spell(tuple(path), 3, merge=True))
 
 
 @settings(max_examples=30, deadline=None)

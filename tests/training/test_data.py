@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ctc_drafter.errors import UserError
-from ctc_drafter.training.data import Exclusion, chat_ids, copies, example_key, prompt_ids, read_jsonl
+from ctc_drafter.training.data import Exclusion, chat_ids, copies, example_key, prompt_ids
 from helpers import tokenizer
-
-WRITERS: dict[str, Callable[[Path, bytes], Any]] = {
-    ".jsonl": Path.write_bytes,
-    ".gz": lambda p, b: p.write_bytes(gzip.compress(b)),
-    ".xz": lambda p, b: p.write_bytes(lzma.compress(b)),
-}
-
-
-@pytest.fixture(params=WRITERS)
-def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[bytes], Path]:
-    def to_file(content: bytes) -> Path:
-        path = tmp_path / f"data{request.param}"
-        WRITERS[request.param](path, content)
-        return path
-
-    return to_file
-
-
-def test_lines_are_numbered_and_empty_ones_skipped(write: Callable[[bytes], Path]) -> None:
-    path = write('{"a": "ü"}\n\n  \n{"b": 2}'.encode())
-    assert list(read_jsonl(path)) == [(1, {"a": "ü"}), (4, {"b": 2})]
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b'{"a": 1}\n{"a": \n{"a": 2}\n', "line 2: not valid JSON"),
-        (b'{"a": 1}\n\n[1]\n', "line 3: expected a JSON object"),
-        (b'{"a": 1}\n"\xff"\n', r"after line \d: cannot be read"),
-    ],
-)
-def test_bad_lines_are_named(content: bytes, match: str, write: Callable[[bytes], Path]) -> None:
-    path = write(content)
-    with pytest.raises(UserError, match=match) as error:
-        list(read_jsonl(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-DAMAGES = [lambda b: b[: len(b) // 2], lambda b: b"plain" + b, lambda b: b[:30] + b"\0\1" + b[30:]]
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_archives(suffix: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    path = tmp_path / f"data{suffix}"
-    WRITERS[suffix](path, b"".join(b'{"a": %d}\n' % (i * 7919) for i in range(500)))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=r"cannot be read|not valid JSON"):
-        list(read_jsonl(path))
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        list(read_jsonl(tmp_path / "none.jsonl"))
-    with pytest.raises(UserError, match="cannot be read"):
-        list(read_jsonl(tmp_path))
-
 
 # ---------------------------------------------------------------- chats
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..training.data import read_jsonl
+from ..jsonl import read_jsonl
 
 
 @dataclass(frozen=True)

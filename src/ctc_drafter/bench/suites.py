@@ -99,7 +99,8 @@ def _rows(name: str, suite: Suite) -> Iterable[Row]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    logging.set_verbosity_error()  # the hub's client would print every retry
+    hub_logging: Any = logging
+    hub_logging.set_verbosity_error()  # the hub's client would print every retry
     place = suite.data_files or suite.path
     try:
         loaded: Any = datasets.load_dataset(suite.path, suite.config, split=suite.split, data_files=suite.data_files)

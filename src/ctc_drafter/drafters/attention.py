@@ -83,7 +83,8 @@ class DraftLayer(nn.Module):
 
     def queries(self, normed: torch.Tensor) -> torch.Tensor:
         """(B, n, width) -> (B, heads, n, dim)."""
-        return self.q(normed).unflatten(-1, (self.heads, self.dim)).transpose(1, 2)
+        heads: torch.Tensor = self.q(normed).unflatten(-1, (self.heads, self.dim))
+        return heads.transpose(1, 2)
 
     def keys_values(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, n, width) -> keys and values, each (B, kv_heads, n, dim)."""
@@ -136,7 +137,8 @@ class DraftModule(nn.Module):
 
     def _parts(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """(B, n, F + 1, width)."""
-        return torch.cat([features, embedded], -1).unflatten(-1, (self.features + 1, -1))
+        parts: torch.Tensor = torch.cat([features, embedded], -1).unflatten(-1, (self.features + 1, -1))
+        return parts
 
     def _gain(self) -> torch.Tensor:
         """Weight of each feature's norm, and 1 for that of the token: (F + 1, width)."""
@@ -296,5 +298,5 @@ def _attend(
     near = q @ k.transpose(-1, -2)
     weights = torch.cat([far, near], -1).float().softmax(-1).to(q.dtype)
     far, near = weights.split([far.shape[-1], slots], -1)
-    out = torch.einsum("bghant,bgtd->bghand", far, v_context) + near @ v
+    out: torch.Tensor = torch.einsum("bghant,bgtd->bghand", far, v_context) + near @ v
     return out.permute(0, 3, 4, 1, 2, 5).reshape(batch, rows, heads * dim)

@@ -23,7 +23,8 @@ def fold_norm(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:
 
     norm_weight (width,), or (n, width) if n normed parts stand side by side.
     """
-    return weight * (norm_weight * norm_weight.shape[-1] ** 0.5).flatten()
+    scale: torch.Tensor = norm_weight * norm_weight.shape[-1] ** 0.5
+    return weight * scale.flatten()
 
 
 @lru_cache

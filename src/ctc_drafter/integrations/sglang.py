@@ -242,7 +242,7 @@ def worker_class() -> type:
     """The worker. Needs SGLang."""
     from sglang.srt.speculative.ngram_worker import NGRAMWorker
 
-    class CTCWorker(Drafting, NGRAMWorker):
+    class CTCWorker(Drafting, NGRAMWorker):  # type: ignore[misc]
         """NGRAMWorker with trees of a drafter."""
 
         def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
@@ -277,7 +277,7 @@ def register() -> None:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-    class Algorithm(CustomSpecAlgo):
+    class Algorithm(CustomSpecAlgo):  # type: ignore[misc]
         """To SGLang's scheduler it is n-gram drafting, whose inputs and results it shares."""
 
         def is_ngram(self) -> bool:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import StoppingCriteriaList
-from transformers.generation import (
+from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StopStringCriteria,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..acceptance import Sampling
 from ..batch import Batch

@@ -21,14 +21,6 @@ def collapse(path: Sequence[int], blank: int) -> list[int]:
     return [symbol for i, symbol in enumerate(path) if symbol != blank and (i == 0 or symbol != path[i - 1])]
 
 
-def collapse_batch(paths: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-    """``collapse`` of every path: (..., N) long -> tokens (..., N), padded behind with ``blank``, and lengths (...)."""
-    kept = paths != blank
-    kept[..., 1:] &= paths[..., 1:] != paths[..., :-1]
-    order = (~kept).long().argsort(dim=-1, stable=True)
-    return paths.masked_fill(~kept, blank).gather(-1, order), kept.sum(-1)
-
-
 def top_paths(log_probs: Tensor, count: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``count`` most probable paths of independent slots: (N, V+1) -> paths (C, N), log probs (C,), best first.
 

@@ -1,52 +1,20 @@
-"""Reading JSON lines (plain, .gz, .xz) and turning chats and texts into token ids with a loss mask."""
+"""Rows of training data, and chats and texts turned into token ids with a loss mask."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..chat import check_template, render_chat
 from ..errors import UserError
+from ..jsonl import read_jsonl
 
 OVERLAP = 13
 """Words in a row that a text may not share with an excluded prompt."""
-
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each non-empty line. Raises UserError naming file and line."""
-    path = Path(path)
-    line_number = 0
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
-            for line_number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {line_number}: expected a JSON object.")
-                if "\\ud" in line.lower():  # half of an escaped pair is no character, and no tokenizer takes it
-                    json.dumps(row, ensure_ascii=False).encode()
-                yield line_number, row
-    except FileNotFoundError:
-        raise UserError(f"File '{path}' does not exist.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line_number}: not valid JSON ({error.msg}).") from None
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}, after line {line_number}: cannot be read ({error}).") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets, a NUL in the path
-        reason = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else error
-        raise UserError(f"{path}, line {line_number}: cannot be read ({reason}).") from None
-    except OSError as error:
-        raise UserError(f"File '{path}' cannot be read ({error.strerror or error}).") from None
 
 
 def messages_of(row: dict[str, Any], where: str) -> list[dict[str, str]]:

@@ -25,13 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..config import from_mapping
-from ..drafters import DRAFTERS
 from ..errors import UserError
 from ..files import write_text
 from ..target import Target
 from ..words import byte_size
 from .config import TrainConfig
+from .drafter import check, new_drafter
 from .lock import locked
 from .problems import Sequence, read_sequences
 
@@ -48,15 +47,12 @@ def cache_features(config: TrainConfig, output: str | Path, *, yes: bool = False
     Damaged shards are written anew. Raises UserError if the folder belongs to other features, or if it takes more than
     half of the free disk space and `yes` is not given.
     """
-    from .trainer import check  # which imports this module
-
     check(config)
     folder, console = Path(output), Console(stderr=True)
     target = Target.load(
         config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )
-    cls: Any = DRAFTERS[config.kind]
-    layers = tuple(cls(from_mapping(cls.config_class, dict(config.drafter), "drafter"), target).feature_layers)
+    layers = tuple(new_drafter(config, target).feature_layers)
     target.capture(layers)
     train_set, held_set = read_sequences(config, target)
     shards = _split(_distinct([*train_set, *held_set]), len(layers) * target.hidden_size * target.dtype.itemsize)

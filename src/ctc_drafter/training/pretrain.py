@@ -24,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_folder
+from ..jsonl import read_jsonl
 from ..loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
-from .data import Exclusion, chat_ids, copies, example_key, messages_of, read_jsonl, row_text, text_key
+from .data import Exclusion, chat_ids, copies, example_key, messages_of, row_text, text_key
 from .optim import (
     fp32_masters,
     gradients_to_masters,
@@ -271,7 +272,7 @@ def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step:
     labels = block[:, 1, 1:].reshape(-1).long()
     padding = -len(labels) % CHUNK  # one chunk shape, one compilation
     hidden, labels = F.pad(hidden, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=IGNORE)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -10,9 +10,10 @@ import torch
 
 from ..drafters.base import IGNORE
 from ..errors import UserError
+from ..jsonl import read_jsonl
 from ..target import Target
 from .config import TrainConfig
-from .data import chat_ids, example_key, messages_of, read_jsonl, text_key
+from .data import chat_ids, example_key, messages_of, text_key
 
 Problems = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """ids (B, T), anchors (B, A), labels (B, A, L) and possible (B, T), as `make_problems` describes them."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..config import from_mapping
-from ..drafters import DRAFTERS, TrainableDrafter
 from ..drafters.base import take_weights
 from ..errors import UserError
 from ..target import Target
 from .checkpoint import check_recipe, recover_training_state
 from .config import FREE, TrainConfig, recipe_defaults
+from .drafter import check, new_drafter
 from .features import open_features
 from .lock import locked
 from .logs import import_wandb
@@ -26,14 +24,6 @@ from .plan import print_estimate, print_plan
 from .problems import answer_counts, read_sequences
 
 __all__ = ["TrainConfig", "check", "train"]
-
-
-def check(config: TrainConfig) -> None:
-    """Raise UserError if there is no such drafter or its own config has a mistake; loads no model."""
-    if config.kind not in DRAFTERS or not issubclass(DRAFTERS[config.kind], TrainableDrafter):
-        raise UserError(f"There is no trainable drafter '{config.kind}'.")
-    cls: Any = DRAFTERS[config.kind]
-    from_mapping(cls.config_class, dict(config.drafter), "drafter")
 
 
 def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) -> Path:
@@ -75,13 +65,12 @@ def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) ->
 
 def _prepare(config: TrainConfig, processes: Processes, console: Console) -> Setup:
     """Load the target, build the drafter and read the data."""
-    cls: Any = DRAFTERS[config.kind]
     device = "cpu" if config.shard else processes.device
     target = Target.load(config.target, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code)
     if config.shard:
         processes.shard(target)
     torch.manual_seed(config.seed)
-    drafter: TrainableDrafter = cls(from_mapping(cls.config_class, dict(config.drafter), "drafter"), target)
+    drafter = new_drafter(config, target)
     if config.init is not None:
         take_weights(Path(config.init), drafter)
     drafter.to(target.device)
