@@ -102,7 +102,7 @@ engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --compiled-budget 7 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
 	$(BIN)/python benchmarks/curves.py --json $(RESULTS)/curves.json --figure docs/step.svg --overwrite
-	$(BIN)/python benchmarks/curves.py --compile --budget 7 --longest 512 --tokens 24 --json $(RESULTS)/curves-compiled.json --overwrite
+	$(BIN)/python benchmarks/curves.py --compile --budget 7 --longest 1024 --tokens 64 --json $(RESULTS)/curves-compiled.json --figure docs/step-compiled.svg --overwrite
 	$(BIN)/python benchmarks/shapes.py --shape vicuna-7b llama-3.1-8b --scale 0.25 --layers 4 --steps 32 --context 256 --json $(RESULTS)/shapes-quarter.json --overwrite
 	$(BIN)/python benchmarks/overhead.py --json $(RESULTS)/overhead.json --overwrite
 	$(BIN)/python benchmarks/prefixes.py --json $(RESULTS)/prefixes.json --overwrite

@@ -3,7 +3,7 @@
     python benchmarks/curves.py --json benchmarks/results/curves.json --figure docs/step.svg
 
 Random tokens stand for the text, so only costs mean anything here; the target is read beyond the context that it was
-trained for. Plain and drafted runs take turns. With `--compile` the target's passes are compiled ones.
+trained for. Plain and drafted runs take turns. With `--compile` all passes of that one budget are compiled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure(target: Target, drafter: Drafter, options: argparse.Namespace) -> li
     rows = []
     for curve, points in (
         ("context", [(c, options.budget) for c in CONTEXTS if c <= options.longest]),
-        ("budget", [(CONTEXTS[0], b) for b in BUDGETS]),
+        ("budget", [(CONTEXTS[0], b) for b in ([options.budget] if options.compile else BUDGETS)]),
     ):
         for context, budget in points:
             run(target, drafter, CONTEXTS[0], budget, options)  # packs weights for this number of rows
