@@ -178,8 +178,10 @@ class SlotDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
-        if self._compiled and next_tokens.shape[1] <= self._compiled[0].pairs:
-            return self._compiled[0](self.module, features, next_tokens), next_tokens[:, -1:]
+        if self._compiled and next_tokens.shape[1] <= 3 * self._compiled[0].pairs:  # more take less time at once
+            for part in zip(*(t.split(self._compiled[0].pairs, 1) for t in (features, next_tokens))):
+                logits = self._compiled[0](self.module, *part)
+            return logits, next_tokens[:, -1:]
         context = self.module.read(features, self.target.embedding(next_tokens))
         return self.slot_logits(self.module.step(context)), next_tokens[:, -1:]
 
