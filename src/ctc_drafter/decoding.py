@@ -359,5 +359,7 @@ class Ending:
     def _stopped(self) -> bool:
         if not self._stop:
             return False
-        text = self._target.tokenizer.decode(self._tokens[-self._window :])
-        return any(s in text for s in self._stop)
+        tail, decode = self._tokens[-self._window :], self._target.tokenizer.decode
+        # Readers see the text without special tokens; a stop string may span one of these, or be one.
+        texts = decode(tail), decode(tail, skip_special_tokens=True)
+        return any(s in text for s in self._stop for text in texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.decoding import Step
+from ctc_drafter.decoding import Ending, Step
 from ctc_drafter.serving.text import AnswerText
 from ctc_drafter.target import Target
 
@@ -61,3 +61,20 @@ def test_accepted_tokens_are_one_piece(target: Target) -> None:
     assert guessed.accepted and not own.accepted
     assert guessed.text + own.text == "the dog jumps"
     assert own.text == target.tokenizer.decode(tokens[-1:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_generation_ends_where_the_text_is_cut(target: Target, data: st.DataObject) -> None:
+    """The loop ends answers by tokens and the server cuts them by text: neither goes on where the other has stopped."""
+    tokenizer = target.tokenizer
+    pool = {*tokenizer.all_special_ids, *tokenizer("abé🙂")["input_ids"]} - target.stop_ids
+    tokens = data.draw(st.lists(st.sampled_from(sorted(pool)), min_size=2, max_size=14))
+    stop = data.draw(st.text("abé", min_size=1, max_size=3))
+    ending, answer = Ending(target, [stop], len(tokens) + 1), AnswerText(tokenizer, [stop])
+    for token in tokens:
+        _, finish = ending.cut([token])
+        answer.push(Step([token], 0, 0, {}, finish))
+        assert (finish == "stop") == answer.stopped
+        if answer.stopped:
+            break
