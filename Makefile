@@ -89,11 +89,11 @@ EVAL ?= data/eval
 SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
 BOTH := --drafter ctc+lookup --drafter ctc
 bench: $(STAMP)
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json benchmarks/results/bfloat16.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json benchmarks/results/methods-float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json benchmarks/results/sampled-float32.json
-	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json benchmarks/results/batches.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json $(RESULTS)/float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json $(RESULTS)/methods-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json $(RESULTS)/sampled-float32.json
+	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json $(RESULTS)/batches.json
 
 # Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.
 FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
@@ -101,6 +101,9 @@ RESULTS := benchmarks/results
 engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --compiled-budget 7 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 8 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled.json
+	$(BIN)/python benchmarks/products.py --json $(RESULTS)/products.json --overwrite
+	$(BIN)/python benchmarks/budgets.py --prompts $(FILES) --limit 4 --json $(RESULTS)/budgets.json --overwrite
 	$(BIN)/python benchmarks/curves.py --json $(RESULTS)/curves.json --figure docs/step.svg --overwrite
 	$(BIN)/python benchmarks/curves.py --compile --budget 7 --longest 1024 --tokens 64 --json $(RESULTS)/curves-compiled.json --figure docs/step-compiled.svg --overwrite
 	$(BIN)/python benchmarks/shapes.py --shape vicuna-7b llama-3.1-8b --scale 0.25 --layers 4 --steps 32 --context 256 --json $(RESULTS)/shapes-quarter.json --overwrite
