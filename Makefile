@@ -1,7 +1,7 @@
 # make demo    see it work            make test    run the tests (test-all: the slow ones too)
 # make prove   nothing is lost, in full   make faults    nothing breaks it; writes docs/reliability.md
 # make test-vllm    the drafter inside vLLM, in an environment of its own (.venv-vllm)
-# make lint    ruff                   make type    mypy
+# make lint    ruff                   make type    mypy          make coverage    of what decides the words
 # make bench   measure the README's figures again (an hour); make engine: those of docs/engine.md (minutes)
 # make embedded    train the shipped target and drafters again (hours)
 # make docs    build the documentation into site/ (make docs-serve: and watch)
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-vllm prove faults lint type check bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
+.PHONY: demo test test-all test-vllm prove faults lint type check coverage bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -64,6 +64,13 @@ type: $(STAMP)
 	$(BIN)/mypy
 
 check: lint type test-all
+
+# Branches and lines of what decides the words, at least 90 % each; then what stands on it, to be seen.
+PROVEN := lattice/* tree.py acceptance.py cache.py decoding.py
+coverage: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" tests/lattice tests/drafters tests/serving tests/test_*.py --cov=ctc_drafter --cov-branch --cov-report= $(ARGS)
+	@$(foreach room,$(PROVEN),$(BIN)/python -m coverage report --fail-under 90 --show-missing --include "*/ctc_drafter/$(room)" &&) true
+	@$(BIN)/python -m coverage report --skip-empty --include "*/ctc_drafter/batch.py,*/ctc_drafter/drafters/*,*/ctc_drafter/serving/*"
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
 # Target and drafters are trained in two parts each; the drafters of the second begin as those of the first.

@@ -91,6 +91,11 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("name: x\nsteps: " + "1" * 5000, "cannot be read as YAML"),
         ("name: x\nrate: " + "1" * 400, "rate is too large"),
         ("name: x\nfiles: " + "[" * 5000, "cannot be read as YAML"),
+        ("name: 0x" + "f" * 5000, "name must be of type str, not a very large number"),
+        ("name: x\n? 0x" + "f" * 5000 + "\n: 1", "unknown key 'a very large number'"),
+        ("name: x\n? " + "c" * 5000 + "\n: 1", "unknown key 'c+…"),
+        ("name: x\nkind: " + "c" * 5000, "kind must be one of a, b, not 'c+…"),
+        ("name: x\nmixture: {? 0x" + "f" * 5000 + " : a}", "mixture.a very large number must be of type float"),
         ("name: x\nmixture: &a {s: *a}", "refers to itself"),
         ("c0: &c0 [1]\n" + "".join(f"c{i + 1}: &c{i + 1} [{f'*c{i},' * 4}]\n" for i in range(12)), "too large"),
     ],
@@ -98,7 +103,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
 def test_mistakes_are_named(text: str, match: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match) as error:
         recipe(tmp_path, text)
-    assert "recipe.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert "recipe.yaml" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from .errors import UserError
 T = TypeVar("T")
 MAX_DEPTH, MAX_VALUES = 32, 100_000
 """Of a recipe."""
+SHOWN = 80
+"""Characters of a wrong value that an error repeats."""
 
 
 def load_recipe(
@@ -36,7 +38,7 @@ def load_recipe(
         except FileNotFoundError:
             raise UserError(f"Recipe '{path}' does not exist; recipes/ holds examples.") from None
         except (ValueError, OSError) as error:
-            raise UserError(f"Recipe '{path}' cannot be read as YAML: {' '.join(str(error).split())}.") from None
+            raise UserError(f"Recipe '{path}' cannot be read as YAML: {_said(error)}.") from None
         if not isinstance(values, dict):
             raise UserError(f"Recipe '{path}' must be a mapping of keys to values.")
     values.update({k: v for k, v in (overrides or {}).items() if v is not None})
@@ -73,7 +75,7 @@ def _set(cls: type, values: dict[str, Any], setting: str) -> None:
     try:
         value = _load_yaml(text)
     except ValueError as error:
-        raise UserError(f"--set '{setting}': the value is not YAML ({' '.join(str(error).split())}).") from None
+        raise UserError(f"--set '{setting}': the value is not YAML ({_said(error)}).") from None
     known = sorted(f.name for f in dataclasses.fields(cls))
     if path[0] not in known:
         raise UserError(f"--set: unknown key '{path[0]}'; known keys are {', '.join(known)}.")
@@ -90,7 +92,7 @@ def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'; known keys are {', '.join(sorted(fields))}.")
+            raise UserError(f"{where}: unknown key {_shown(_name(key))}; known keys are {', '.join(sorted(fields))}.")
     built: dict[str, Any] = {}
     for name, field in fields.items():
         if name in values:
@@ -116,7 +118,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, options[0], where)
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
-            raise UserError(f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {value!r}.")
+            raise UserError(
+                f"{where} must be one of {', '.join(map(str, typing.get_args(hint)))}, not {_shown(value)}."
+            )
         return value
     if origin is list:
         if not isinstance(value, list):
@@ -125,7 +129,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} must be a mapping.")
-        return {str(k): _convert(v, typing.get_args(hint)[1], f"{where}.{k}") for k, v in value.items()}
+        named = {_name(k): v for k, v in value.items()}
+        return {k: _convert(v, typing.get_args(hint)[1], f"{where}.{k[:SHOWN]}") for k, v in named.items()}
     if hint is float and isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as a string
             return float(value)
@@ -137,5 +142,24 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except OverflowError:
             raise UserError(f"{where} is too large.") from None
     if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}.")
+        raise UserError(f"{where} must be of type {hint.__name__}, not {_shown(value)}.")
     return value
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) else _shown(key)
+
+
+def _shown(value: Any) -> str:
+    """The value as an error shows it, cut if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return "a very large number"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line that is not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}…"

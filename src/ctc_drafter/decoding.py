@@ -327,6 +327,8 @@ class Ending:
         self.limit = limit
         self._target = target
         self._stop = [s for s in stop if s]
+        # Readers see no special tokens, so only a stop string that names one is sought in the text that has them.
+        self._special = [s for s in self._stop if any(name in s for name in _special_tokens(target.tokenizer))]
         self._tokens: list[int] = []
         # A token holds at least one byte, and a stop string may begin inside an earlier token.
         self._window = max((len(s.encode()) for s in self._stop), default=0) + 8
@@ -360,6 +362,12 @@ class Ending:
         if not self._stop:
             return False
         tail, decode = self._tokens[-self._window :], self._target.tokenizer.decode
-        # Readers see the text without special tokens; a stop string may span one of these, or be one.
-        texts = decode(tail), decode(tail, skip_special_tokens=True)
-        return any(s in text for s in self._stop for text in texts)
+        shown = decode(tail, skip_special_tokens=True)
+        if any(s in shown for s in self._stop):
+            return True
+        whole = decode(tail) if self._special else ""
+        return any(s in whole for s in self._special)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -78,3 +78,10 @@ def test_generation_ends_where_the_text_is_cut(target: Target, data: st.DataObje
         assert (finish == "stop") == answer.stopped
         if answer.stopped:
             break
+
+
+def test_a_special_token_can_be_a_stop_string_and_its_name_hides_none(target: Target) -> None:
+    begin, tokens = target.tokenizer("a<|begin|>")["input_ids"][-1], target.tokenizer("ab")["input_ids"]
+    for stop, finishes in (("<|begin|>", [None, "stop"]), ("begin", [None, None])):
+        ending = Ending(target, [stop], 9)
+        assert [ending.cut([token])[1] for token in (tokens[0], begin)] == finishes
