@@ -96,29 +96,38 @@ EVAL ?= data/eval
 SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
 BOTH := --drafter ctc+lookup --drafter ctc
 bench: $(STAMP)
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json benchmarks/results/float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json benchmarks/results/bfloat16.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json benchmarks/results/methods-float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json benchmarks/results/sampled-float32.json
-	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json benchmarks/results/batches.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 11 --budget 16 --budget 32 --dtype float32 --json $(RESULTS)/float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json $(RESULTS)/methods-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json $(RESULTS)/sampled-float32.json
+	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json $(RESULTS)/batches.json
 
 # Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.
 FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
 RESULTS := benchmarks/results
 engine: $(STAMP)
-	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
-	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --compiled-budget 7 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 8 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled.json
+	$(BIN)/python benchmarks/products.py --json $(RESULTS)/products.json --overwrite
+	$(BIN)/python benchmarks/budgets.py --prompts $(FILES) --limit 4 --json $(RESULTS)/budgets.json --overwrite
 	$(BIN)/python benchmarks/curves.py --json $(RESULTS)/curves.json --figure docs/step.svg --overwrite
-	$(BIN)/python benchmarks/curves.py --compile --longest 512 --tokens 24 --json $(RESULTS)/curves-compiled.json --overwrite
+	$(BIN)/python benchmarks/curves.py --compile --budget 7 --longest 1024 --tokens 64 --json $(RESULTS)/curves-compiled.json --figure docs/step-compiled.svg --overwrite
 	$(BIN)/python benchmarks/shapes.py --shape vicuna-7b llama-3.1-8b --scale 0.25 --layers 4 --steps 32 --context 256 --json $(RESULTS)/shapes-quarter.json --overwrite
+	$(BIN)/python benchmarks/overhead.py --json $(RESULTS)/overhead.json --overwrite
+	$(BIN)/python benchmarks/prefixes.py --json $(RESULTS)/prefixes.json --overwrite
 
-# The server under eight clients, a minute for each drafter; and random requests against it.
+# The server under 32 clients, with and without drafts, and vLLM's (VLLM=.venv-vllm/bin/python); how its memory goes; and
+# ten thousand bad requests.
+SERVING := --prompts $(FILES) --limit 8 --threads 2 --overwrite
 serving: $(STAMP)
-	$(BIN)/python benchmarks/serving.py --json benchmarks/results/serving.json --overwrite $(ARGS)
+	$(BIN)/python benchmarks/serving.py $(SERVING) --seconds 300 120 --json $(RESULTS)/serving.json $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
+	$(BIN)/python benchmarks/serving.py $(SERVING) --drafter ctc --ramp 40 --seconds 300 --json $(RESULTS)/serving-memory.json
+
 
 fuzz: $(STAMP)
 	$(PIP) 'schemathesis>=4'
-	PYTHON=$(BIN)/python benchmarks/fuzz_server.sh $(ARGS)
+	$(BIN)/python benchmarks/fuzz.py --json $(RESULTS)/fuzz.json --overwrite $(ARGS)
 
 # The site. Its tools, and those of a release, have an environment of their own.
 TOOLS ?= .venv-docs

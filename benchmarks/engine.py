@@ -27,17 +27,18 @@ from ctc_drafter.bench.measure import Answer, peak_memory_mb, tau_of
 from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.decoding import generate
-from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
 
 Run = Callable[[list[int]], Answer]
 BASELINES = {"speculative": "plain", "speculative, compiled": "plain, compiled"}
 
 
-def of_loop(target: Target, drafter: Drafter, options: argparse.Namespace) -> Run:
+def of_loop(target: Target, drafter: Drafter, options: argparse.Namespace, budget: int | None = None) -> Run:
     def run(ids: list[int]) -> Answer:
         answer = Answer()
-        for step in generate(target, drafter, ids, max_new_tokens=options.max_new_tokens, budget=options.budget):
+        nodes = budget or options.budget
+        for step in generate(target, drafter, ids, max_new_tokens=options.max_new_tokens, budget=nodes):
             answer.add(step)
         return answer
 
@@ -64,6 +65,8 @@ def of_transformers(target: Target, options: argparse.Namespace, **how: Any) -> 
 
 def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], float | None]:
     """The target, each way to decode it by name, and the seconds that compiling took."""
+    if "compiled" in (options.only or ""):  # nothing else in memory
+        return compiled_ways(options)
     target = Target.load(options.target, dtype=options.dtype, device=options.device)
     runs = {
         "plain": of_loop(target, NoDrafter(), options),
@@ -77,15 +80,22 @@ def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], flo
     elif 0 < options.early_exit < target.num_layers:
         name = f"generate, assisted by layers 1..{options.early_exit}"
         runs[name] = of_transformers(target, options, assistant_early_exit=options.early_exit)
-    if not options.compile or "compiled" not in (options.only or "compiled"):
+    if not options.compile or options.only:
         return target, runs, None
-    # A target of its own, since what is compiled stays compiled.
+    _, ways, seconds = compiled_ways(options)
+    return target, runs | ways, seconds
+
+
+def compiled_ways(options: argparse.Namespace) -> tuple[Target, dict[str, Run], float]:
+    """As `contenders`, with a target of its own, since what is compiled stays compiled."""
     compiled = Target.load(options.target, dtype=options.dtype, device=options.device)
     drafter = load_drafter(options.drafter, compiled)
-    seconds = compiled.compile(options.budget, drafter.feature_layers)
-    runs["plain, compiled"] = of_loop(compiled, NoDrafter(), options)
-    runs["speculative, compiled"] = of_loop(compiled, drafter, options)
-    return target, runs, seconds
+    seconds = compile_passes(compiled, drafter, options.compiled_budget)
+    ways = {
+        "plain, compiled": of_loop(compiled, NoDrafter(), options, options.compiled_budget),
+        "speculative, compiled": of_loop(compiled, drafter, options, options.compiled_budget),
+    }
+    return compiled, ways, seconds
 
 
 # ------------------------------------------------------------ measuring
@@ -170,6 +180,7 @@ def main() -> None:
             results[name]["peak_mb"] = peak_of(name)
     print(table(results, len(rows)))
     made = {"target": target.name, "dtype": str(target.dtype), "budget": options.budget, "compile_seconds": seconds}
+    made["compiled_budget"] = options.compiled_budget
     write_json(options.json, {**about(), **made, "totals": results, "rows": rows})
     print(f"Result: {options.json}")
 
@@ -187,11 +198,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=16, help="Prompts of each file.")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--budget", type=int, default=8)
+    parser.add_argument("--compiled-budget", type=int, help="Of the compiled passes; default: --budget.")
     parser.add_argument("--compile", action="store_true", help="Also as compiled passes.")
     parser.add_argument("--memory", action="store_true", help="Also the peak memory of each.")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     add_common(parser, "auto")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.compiled_budget = options.compiled_budget or options.budget
+    return options
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ for dtype in float32 bfloat16; do
   run bench --target "$work/target" --drafter "$work/ctc" --drafter "$work/paper" "${suite[@]}" \
     --budget 8 --budget 16 --budget 32 --dtype "$dtype" --profile --overwrite --json "$out/bench-$dtype.json"
 done
+# The engine: passes as CUDA graphs beside eager ones, and real shapes with random weights.
+python3 -m pytest -q tests/test_captured.py
+pair=(--target "$work/target" --drafter "$work/ctc" --overwrite)
+python3 benchmarks/engine.py "${pair[@]}" --prompts "$data"/eval/{mt_bench,gsm8k_test,humaneval}.jsonl --limit 16 --budget 16 --compile --memory \
+  --dtype bfloat16 --json "$out/engine.json"
+python3 benchmarks/curves.py "${pair[@]}" --dtype bfloat16 --json "$out/curves.json" --figure "$out/step.svg"
+python3 benchmarks/curves.py "${pair[@]}" --dtype bfloat16 --compile --budget 16 --json "$out/curves-compiled.json" --figure "$out/step-compiled.svg"
+for how in "" --compile; do
+  python3 benchmarks/shapes.py --shape ${SHAPES:-vicuna-7b vicuna-13b llama-3.1-8b qwen3-8b} --budget 16 $how --json "$out/shapes$how.json" --overwrite
+done
 cp "$work"/*.history.json "$work"/target/pretrain.json "$out"/
 cp "$work/ctc/model.safetensors" "$out/ctc.safetensors"; cp "$work/paper/model.safetensors" "$out/paper.safetensors"
 echo "Result: $out"

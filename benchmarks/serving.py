@@ -1,12 +1,15 @@
-"""Loads the server with streaming clients, and checks every answer against the one given alone.
+"""Loads servers with streaming clients, and checks every answer against the one given alone.
 
-python benchmarks/serving.py --json benchmarks/results/serving.json
+    python benchmarks/serving.py --json benchmarks/results/serving.json \\
+        --clients 32 --slots 32 --seconds 300 120 --vllm .venv-vllm/bin/python
 
-For each drafter a server process is started. First every prompt is answered alone; then `--clients` clients stream
-answers for `--seconds`. Time to first token: from sending a request to the first chunk with text. Time per token: from
-that chunk to the last, over the tokens after the first chunk's step; a mean for each answer, of which percentiles are
-taken. `wrong` counts answers that differ from the one given alone, `errors` those that failed. Rows are answers, and
-the server's resident memory every second.
+One server process after the other: ours with each `--drafter`, then vLLM's if there is one. First every prompt is
+answered alone; then `--clients` clients stream answers for `--seconds`. Time to first token: from sending a request to
+the first chunk with tokens. Time per token: from that chunk to the last, over the tokens that came after the first; a
+mean for each answer, of which percentiles are taken. `wrong` counts answers whose token ids differ from those given
+alone, `errors` those that failed, those whose stream and usage disagree included; both count the answers of `--ramp`
+too, the other figures do not. Memory is resident memory of the server's processes, read every second; what it does
+after the first fifth of the time says whether it is flat.
 """
 
 from __future__ import annotations
@@ -14,14 +17,10 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,134 +29,101 @@ from common import about
 from ctc_drafter.bench.measure import tau_of
 from ctc_drafter.bench.prompts import demo_prompts, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
+from servers import Row, Server, ours, vllm
 
-Row = dict[str, Any]
-
-
-class Server:
-    """A server process and how to ask it."""
-
-    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
-        self.process, self.port = process, port
-        self.model = self.get("/v1/models")["data"][0]["id"]
-
-    def get(self, path: str) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
-
-    def ask(self, prompt: str, max_tokens: int) -> Row:
-        """Stream one greedy answer; returns its text, tokens and times in seconds."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ctc_drafter": {"steps": True},
-        }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        began = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"status {response.status}: {response.read(500)!r}")
-        text, first, last, opening, usage = "", 0.0, 0.0, 0, None
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise RuntimeError(chunk["error"]["message"])
-            usage = chunk.get("usage") or usage
-            if "ctc_drafter" in chunk:
-                last = time.perf_counter()
-                if not first:
-                    first, opening = last, chunk["ctc_drafter"]["tokens"]
-                text += chunk["choices"][0]["delta"].get("content", "")
-        connection.close()
-        if usage is None:
-            raise RuntimeError("the stream ended early")
-        later = usage["completion_tokens"] - opening
-        return {
-            "text": text,
-            "tokens": usage["completion_tokens"],
-            "steps": usage["draft"]["steps"],
-            "first": first - began,
-            "per_token": (last - first) / later if later else None,
-            "seconds": time.perf_counter() - began,
-        }
+VLLM = "vllm"
+FLAT = 0.02
+"""Memory is flat if from the second fifth to the last it grows by no more than this part."""
 
 
-@contextmanager
-def running(arguments: argparse.Namespace, drafter: str) -> Iterator[Server]:
-    """A server for the time of the block; its end must be clean."""
-    command = [sys.executable, "-m", "ctc_drafter", "serve", "--port", "0", "--drafter", drafter]
-    command += ["--slots", str(arguments.slots), "--budget", str(arguments.budget), "--dtype", arguments.dtype]
-    command += ["--target", arguments.target] if arguments.target else []
-    command += ["--threads", str(arguments.threads)] if arguments.threads else []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit("The server did not start.")
-        yield Server(process, int(line.rsplit(":", 1)[1].split("/")[0]))
-        process.send_signal(signal.SIGTERM)
-        if process.wait(60) != 0:
-            raise SystemExit(f"The server ended with code {process.returncode}.")
-    finally:
-        process.kill()
-
-
-def memory_mb(pid: int) -> float:
-    """Resident memory of a process in MB (of 10^6 bytes)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return 0.0
-
-
-def load(server: Server, prompts: list[str], alone: list[Row], arguments: argparse.Namespace) -> tuple[list[Row], Row]:
-    """Rows of all answers under load and of the memory, and the totals."""
-    rows: list[Row] = []
+def load(
+    server: Server, prompts: list[str], alone: list[Row], seconds: float, arguments: argparse.Namespace
+) -> tuple[list[Row], Row]:
+    """Rows of prompts and of the memory under load, and the totals."""
+    answers: list[Row] = []
     memory: list[Row] = []
-    began = time.perf_counter()
-    end = began + arguments.seconds
+    began = time.perf_counter() + arguments.ramp
+    end = began + seconds
 
     def client(number: int) -> None:
         turn = number * len(prompts) // arguments.clients
-        while time.perf_counter() < end:
+        time.sleep(number * arguments.ramp / arguments.clients)
+        while (now := time.perf_counter()) < end:
             place = turn % len(prompts)
-            row: Row = {"client": number, "prompt": place}
+            row: Row = {"prompt": place, "measured": now >= began}
             try:
                 row |= server.ask(prompts[place], arguments.max_tokens)
-                row["identical"] = row.pop("text") == alone[place]["text"]
+                ids, want = row.pop("ids"), alone[place]["ids"]
+                row["tokens"] = len(ids)
+                row["identical"] = ids == want
+                if ids != want:
+                    row["differs_at"] = next(
+                        (i for i, (a, b) in enumerate(zip(ids, want)) if a != b), min(len(ids), len(want))
+                    )
             except (OSError, RuntimeError, http.client.HTTPException, ValueError) as error:
                 row["error"] = f"{type(error).__name__}: {error}"[:200]
-            rows.append(row)
+            answers.append(row)
             turn += 1
 
     threads = [threading.Thread(target=client, args=(i,)) for i in range(arguments.clients)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        memory.append({"at": time.perf_counter() - began, "memory_mb": memory_mb(server.process.pid)})
+        memory.append({"at": round(time.perf_counter() - began, 1), "memory_mb": round(server.memory_mb(), 1)})
         time.sleep(1.0)
     seconds = time.perf_counter() - began
-    good = [row for row in rows if "error" not in row]
-    sizes = [row["memory_mb"] for row in memory]
-    return rows + memory, {
+    checked = [row for row in answers if "error" not in row]
+    good = [row for row in checked if row["measured"]]
+    tokens = sum(row["tokens"] for row in good)
+    steps = [row["steps"] for row in good if row["steps"] is not None]
+    totals = {
         "seconds": seconds,
-        "answers": len(rows),
-        "errors": len(rows) - len(good),
-        "wrong": sum(not row["identical"] for row in good),
-        "tokens_per_second": sum(row["tokens"] for row in good) / seconds,
-        "tau": tau_of(sum(row["tokens"] for row in good), len(good), sum(row["steps"] for row in good)),
+        "answers": len(answers),
+        "errors": len(answers) - len(checked),
+        "wrong": sum(not row["identical"] for row in checked),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "tau": tau_of(tokens, len(good), sum(steps)) if steps else None,
         "first_token_seconds": percentiles([row["first"] for row in good]),
         "per_token_seconds": percentiles([row["per_token"] for row in good if row["per_token"] is not None]),
-        "memory_mb": {"first": sizes[0], "peak": max(sizes), "last": sizes[-1]},
+        "memory": judged([row for row in memory if row["at"] >= 0]),
+        **server.processes(),
+    }
+    return by_prompt(answers, len(prompts)) + memory[:: max(1, len(memory) // 60)], totals
+
+
+def by_prompt(answers: list[Row], count: int) -> list[Row]:
+    """A row for each prompt, and one for each kind of answer that is not the one given alone."""
+    rows: list[Row] = []
+    for place in range(count):
+        mine = [row for row in answers if row["prompt"] == place]
+        same = sum(bool(row.get("identical")) for row in mine)
+        rows.append({"prompt": place, "answers": len(mine), "identical": same})
+        for what in ("error", "differs_at"):
+            kinds = sorted({row[what] for row in mine if what in row})
+            rows += [{"prompt": place, what: kind, "times": sum(r.get(what) == kind for r in mine)} for kind in kinds]
+    return rows
+
+
+def judged(memory: list[Row]) -> Row:
+    """Where memory stands, and how it goes on after the first fifth of the time.
+
+    growth_mb: median of the last fifth less that of the second; slope: least squares over all but the first fifth.
+    """
+    fifth = max(1, len(memory) // 5)
+    sizes = [row["memory_mb"] for row in memory]
+    told: Row = {"first_mb": sizes[0], "peak_mb": max(sizes), "last_mb": sizes[-1]}
+    later = memory[fifth:]
+    if len(later) < 4:
+        return told
+    warm, end = statistics.median(sizes[fifth : 2 * fifth]), statistics.median(sizes[-fifth:])
+    slope = statistics.linear_regression([r["at"] for r in later], [r["memory_mb"] for r in later]).slope
+    growth = end - warm
+    return told | {
+        "warm_mb": warm,
+        "growth_mb": round(growth, 2),
+        "slope_mb_per_minute": round(60 * slope, 3),
+        "flat": growth <= FLAT * warm,
     }
 
 
@@ -173,18 +139,40 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target")
     parser.add_argument("--drafter", nargs="+", default=["ctc", "none"])
+    parser.add_argument("--vllm", type=Path, help="python of an environment with vLLM: also load its server")
     parser.add_argument("--budget", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="of each server")
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSONL as for bench; default: the demo's")
-    parser.add_argument("--limit", type=int, default=16)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--limit", type=int, default=16, help="prompts of each file")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=32, help="answers at once, at vLLM too")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs="+",
+        default=[300, 120],
+        help="of each server in turn; the last holds for the rest",
+    )
+    parser.add_argument("--ramp", type=float, default=0, help="seconds before, in which the clients come one by one")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
+
+
+def servers(arguments: argparse.Namespace) -> dict[str, AbstractContextManager[Server]]:
+    """What is to be loaded, by name; nothing is started yet."""
+    common: dict[str, Any] = {name: getattr(arguments, name) for name in ("target", "dtype", "threads", "slots")}
+    chosen: dict[str, AbstractContextManager[Server]] = {
+        drafter: ours(drafter, budget=arguments.budget, **common) for drafter in arguments.drafter
+    }
+    if arguments.vllm is not None:
+        if arguments.vllm.is_file():
+            chosen[VLLM] = vllm(arguments.vllm.absolute(), **common)
+        else:
+            print(f"There is no '{arguments.vllm}', so vLLM is left out; make test-vllm makes an environment with it.")
+    return chosen
 
 
 def main() -> None:
@@ -195,28 +183,29 @@ def main() -> None:
     rows: list[Row] = []
     totals: dict[str, Row] = {}
     texts: dict[str, list[str]] = {}
-    for drafter in arguments.drafter:
-        with running(arguments, drafter) as server:
+    for place, (name, starting) in enumerate(servers(arguments).items()):
+        seconds = arguments.seconds[min(place, len(arguments.seconds) - 1)]
+        with starting as server:
             began = time.perf_counter()
             alone = [server.ask(prompt, arguments.max_tokens) for prompt in prompts]
-            rate = sum(row["tokens"] for row in alone) / (time.perf_counter() - began)
-            loaded, totals[drafter] = load(server, prompts, alone, arguments)
-        totals[drafter]["alone_tokens_per_second"] = rate
-        texts[drafter] = [row["text"] for row in alone]
-        rows += [{"drafter": drafter, **row} for row in loaded]
-        print(drafter, json.dumps(totals[drafter]), flush=True)
-    first = texts[arguments.drafter[0]]
-    for drafter, said in texts.items():
-        totals[drafter]["same_text_as_first"] = sum(a == b for a, b in zip(said, first))
+            rate = sum(len(row["ids"]) for row in alone) / (time.perf_counter() - began)
+            loaded, totals[name] = load(server, prompts, alone, seconds, arguments)
+        totals[name]["alone_tokens_per_second"] = rate
+        texts[name] = [row["text"] for row in alone]
+        rows += [{"server": name, **row} for row in loaded]
+        print(name, json.dumps(totals[name]), flush=True)
+    first = next(iter(texts.values()))
+    for name, said in texts.items():
+        totals[name]["same_text_as_first"] = sum(a == b for a, b in zip(said, first))
     document = {
         "kind": "ctc-drafter serving",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **about(),
-        "arguments": {k: [str(p) for p in v] if k == "prompts" and v else v for k, v in vars(arguments).items()},
+        "arguments": json.loads(json.dumps(vars(arguments), default=str)),
+        "prompts": len(prompts),
         "totals": totals,
         "rows": rows,
     }
-    document["arguments"]["json"] = str(arguments.json)
     write_json(arguments.json, document)
     print(f"Result: {arguments.json}")
 

@@ -27,8 +27,9 @@ from common import about, add_common, timed
 from ctc_drafter import decoding
 from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
-from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter
-from ctc_drafter.target import LAST, Target, resolve_device, resolve_dtype
+from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, compile_passes
+from ctc_drafter.loading import resolve_device, resolve_dtype
+from ctc_drafter.target import LAST, Target
 from ctc_drafter.tree import DraftTree
 
 # kind of model, hidden size, inner size, layers, heads, key/value heads, vocabulary
@@ -46,22 +47,27 @@ BLOCK = 16
 """Steps of one kind before it is the other's turn."""
 
 
-def build(name: str, options: argparse.Namespace) -> Target:
-    """A target of that shape with random weights; widths and heads times `scale`, `layers` if given."""
-    kind, hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[name]
-    heads, kv_heads = (max(1, round(n * options.scale)) for n in (heads, kv_heads))
-    config = AutoConfig.for_model(
+def config_of(name: str, scale: float = 1.0, layers: int | None = None, positions: int = 4096) -> Any:
+    """The config of that shape; widths and heads times `scale`, other `layers` if given."""
+    kind, hidden, inner, depth, heads, kv_heads, vocabulary = SHAPES[name]
+    heads, kv_heads = (max(1, round(n * scale)) for n in (heads, kv_heads))
+    return AutoConfig.for_model(
         kind,
-        hidden_size=max(HEAD_DIM, round(hidden * options.scale)),
-        intermediate_size=max(HEAD_DIM, round(inner * options.scale)),
-        num_hidden_layers=options.layers or layers,
+        hidden_size=max(HEAD_DIM, round(hidden * scale)),
+        intermediate_size=max(HEAD_DIM, round(inner * scale)),
+        num_hidden_layers=layers or depth,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=HEAD_DIM,
         vocab_size=vocabulary,
-        max_position_embeddings=2 * options.context + 4096,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
     )
+
+
+def build(name: str, options: argparse.Namespace) -> Target:
+    """A target of that shape with random weights."""
+    config = config_of(name, options.scale, options.layers, 2 * options.context + 4096)
     device = resolve_device(options.device)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(resolve_dtype(options.dtype, device))
@@ -73,10 +79,15 @@ def build(name: str, options: argparse.Namespace) -> Target:
     return Target.of(model, None, name)
 
 
-def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
+def drafter_of(target: Target, vocabulary: int) -> CTCDrafter:
     """The CTC drafter at its recipe's size with random weights, on three layers of the target."""
     layers = sorted({max(1, target.num_layers // 3), max(1, 2 * target.num_layers // 3)})
-    drafter = CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+    return CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+
+
+def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
+    """`drafter_of`, ready to draft."""
+    drafter = drafter_of(target, vocabulary)
     drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
     drafter.prepare()
     return drafter
@@ -155,7 +166,7 @@ def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> tupl
         for _ in range(WARM_UP):
             run()
         out[m] = statistics.median(timed(run, target.device)[1] for _ in range(times))
-    return out, sum(part.nbytes for pair in cache.views(options.context) for part in pair)
+    return out, options.context * target.position_bytes
 
 
 @torch.inference_mode()
@@ -163,6 +174,8 @@ def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[
     """All about one shape; rates: of steps that accepted their k-th draft token."""
     target = build(name, options)
     drafter = build_drafter(target, options.vocabulary)
+    if options.compile:
+        print(f"compiled in {compile_passes(target, drafter, options.budget):.1f} s", flush=True)
     lengths = replayed(rates, options.steps)
     costs, kv = scoring(target, options)
     plain, drafted = steps(target, drafter, lengths, options)
@@ -228,6 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=0, help="0: that of the recorded run.")
     default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
     parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
+    parser.add_argument("--compile", action="store_true", help="Compile the passes of the loop; on a GPU, as graphs.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
     add_common(parser, "bfloat16")
     return parser.parse_args()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 
 from conftest import CONTEXT
 from ctc_drafter.decoding import Step, generate
-from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
@@ -36,6 +40,7 @@ def test_text_and_steps_are_those_of_eager_passes(target_folder: Path, drafter_f
     target = Target.load(target_folder, dtype="float32", device="cpu")
     drafter = load_drafter(str(drafter_folder), target)
     assert target.compile(BUDGET, drafter.feature_layers) > 0
+    drafter.compile_draft()
     assert target.compile(BUDGET, drafter.feature_layers) < 0.1  # there already
     for prompt in ([7, 8, 9], list(range(20, 90))):
         want = answer(eager, NoDrafter(), prompt)
@@ -80,8 +85,85 @@ def test_a_pass_beyond_the_cache_is_refused(target_folder: Path) -> None:
             target.score(torch.tensor([[5]]), empty, empty.ancestor_mask(), cache)
 
 
-def test_failure_to_compile_is_told(target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_to_compile_is_told(target_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: 1 / 0)
     target = Target.load(target_folder, dtype="float32", device="cpu")
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: 1 / 0)
     with pytest.raises(UserError, match="cannot be compiled here"):
         target.compile(BUDGET)
+    drafter = load_drafter("ctc", Target.load(dtype="float32", device="cpu"))
+    with pytest.raises(UserError, match="cannot be compiled here"):
+        drafter.compile_draft()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_drafters_pass_gives_the_eager_numbers(dtype: str) -> None:
+    """For every number of new pairs that a pass may bring, in any order, for the drafter and for a twin of it."""
+    target = Target.load(dtype=dtype, device="cpu")
+    eager, compiled = load_drafter("ctc", target), load_drafter("ctc", target)
+    assert compiled.compile_draft() > 0
+    assert compiled.compile_draft() == 0  # there already
+    generator = torch.Generator().manual_seed(0)
+    width = target.hidden_size * len(eager.feature_layers)
+    with torch.inference_mode():
+        for used in (compiled, compiled.twin()):
+            eager.start(128)
+            used.start(128)
+            for count in (50, 3, 1, 7, 12, 2, 5, 4, 8, 6, 3, 1, 7, 7, 7, 5):  # 128 in all: to the end of the cache
+                features = torch.randn(1, count, width, generator=generator).to(target.dtype)
+                tokens = torch.randint(target.vocab_size, (1, count), generator=generator)
+                (want, root), (got, same) = eager.draft(features, tokens), used.draft(features, tokens)
+                assert torch.equal(root, same)
+                scale = want.float().abs().max()
+                bound = 1e-5 if dtype == "float32" else 3e-2
+                assert float((got - want).float().abs().max() / scale) < bound
+
+
+def test_a_second_process_finds_the_programs(target_folder: Path, tmp_path: Path) -> None:
+    """And makes them again where a file is damaged."""
+    code = f"""
+from ctc_drafter.target import Target
+target = Target.load({str(target_folder)!r}, dtype="float32", device="cpu")
+print(target.compile(2))
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+
+    def seconds() -> float:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    first = seconds()
+    programs = sorted((tmp_path / "ctc_drafter").glob("*"))
+    assert len(programs) == 2  # plain and drafted, and nothing left aside
+    assert seconds() < first / 3
+    programs[0].write_bytes(programs[0].read_bytes()[:1000])
+    assert seconds() > 0
+    assert sorted((tmp_path / "ctc_drafter").glob("*")) == programs
+    assert programs[0].stat().st_size > 1000
+
+
+def test_a_program_serves_other_weights_of_the_same_shape(target_folder: Path) -> None:
+    target = Target.load(target_folder, dtype="float32", device="cpu")
+    target.compile(0)
+    other = Target.load(target_folder, dtype="float32", device="cpu")
+    with torch.no_grad():
+        for i, p in enumerate(other.model.parameters()):
+            p.mul_(1 + 0.1 * (i % 3))
+    plain = NoDrafter()
+    want = answer(other, plain, [7, 8, 9])
+    began = time.perf_counter()
+    other.compile(0)
+    assert time.perf_counter() - began < 5
+    assert answer(other, plain, [7, 8, 9]) == want
+    assert answer(target, plain, [7, 8, 9]) == answer(Target.load(target_folder, dtype="float32"), plain, [7, 8, 9])
+
+
+def test_the_embedded_pair_says_the_same_compiled() -> None:
+    eager, target = (Target.load(dtype="float32", device="cpu") for _ in range(2))
+    drafter = load_drafter("ctc", target)
+    compile_passes(target, drafter, 7)
+    for chat in ("What is the capital of France?", "Tom has 3 apples and buys 5 more. How many are there?"):
+        ids = target.prompt_ids([{"role": "user", "content": chat}])
+        want = [t for s in generate(eager, NoDrafter(), ids, max_new_tokens=100) for t in s.tokens]
+        for used in (NoDrafter(), drafter):
+            assert [t for s in generate(target, used, ids, max_new_tokens=100, budget=7) for t in s.tokens] == want

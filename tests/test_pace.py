@@ -82,7 +82,7 @@ def test_never_much_slower_than_plain() -> None:
     machine.run(pace, 4000, lambda i: rows[i])
     machine.noise = 0
     plain = sum(rows) / sum(machine.cost(r, 0) for r in rows)
-    assert machine.tokens / machine.now > 0.9 * plain / 1.23  # the simulated disturbances cost 23 % by themselves
+    assert machine.tokens / machine.now > 0.94 * plain / 1.23  # the simulated disturbances cost 23 % by themselves
 
 
 def test_a_change_of_the_text_is_noticed() -> None:

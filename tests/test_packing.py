@@ -20,8 +20,8 @@ def test_packed_equals_linear(dtype: torch.dtype, tolerance: float, bias: bool) 
     for rows in (7, 16):
         packed.prepare(rows)
     with torch.inference_mode():
-        for rows in (1, 2, 7, 8, 16, 33):
-            x = torch.randn(1, rows, 96).to(dtype)
+        for rows in (1, 2, 7, 8, 9, 16, 33):
+            x = torch.randn(rows, 1, 96).to(dtype) if rows == 9 else torch.randn(1, rows, 96).to(dtype)
             want = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
             got = layer(x)
             assert got.dtype == dtype
@@ -46,8 +46,16 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_row_counts_that_may_not_return_wait() -> None:
     packed = PackedLinears([nn.Linear(8, 8)])
-    for rows in (2, 3, 2, 2):
+    for rows in (10, 3, 13, 16):
         packed.prepare(rows, after=4)
         assert packed._rows == []
-    packed.prepare(2, after=4)
-    assert packed._rows == [2]
+    packed.prepare(9, after=4)
+    assert packed._rows == [16]
+
+
+def test_batches_of_all_sizes_share_a_few_copies() -> None:
+    packed = PackedLinears([nn.Linear(8, 8)])
+    for rows in range(1, 200):
+        for _ in range(4):
+            packed.prepare(rows, after=4)
+    assert len(packed._rows) <= packing.MAX_ROWS / packing.GRAIN

@@ -11,7 +11,9 @@ from .acceptance import Sampling
 from .decoding import Clock, Ending, Loop, Row, Step
 from .drafters import Drafter, NoDrafter
 from .errors import UserError
+from .memory import row_context
 from .pace import Pace
+from .prefixes import Prefixes
 from .target import Target
 
 
@@ -38,6 +40,8 @@ class Batch:
         budget: int = 8,
         context: int | None = None,
         adaptive: bool = True,
+        memory_limit: int | None = None,
+        prefix_cache: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """rows: how many run at most; budget: draft nodes of each row in a pass, so at most `rows * budget` in all.
@@ -45,15 +49,23 @@ class Batch:
         context: the most positions of a row, prompt and answer together (None: the target's). The cache holds no more
         than `rows * (context + 2 * budget + 1)` of them: as many for each row as the longest one needs, and none while
         no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, half the
-        budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over. Raises
-        UserError for sizes below 1 (budget: 0).
+        budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over. memory_limit:
+        bytes that keys and values of all rows may take; each row's context is cut to its share. prefix_cache: bytes of
+        prompts kept beside them, so that what one begins with is not read again for another; 0 keeps none. Raises
+        UserError for sizes below 1 (budget, prefix_cache: 0), and if the limit holds no context.
         """
         if rows < 1 or budget < 0 or (context is not None and context < 1):
             raise UserError("A batch needs rows and context of at least 1 and a budget of at least 0.")
         self.target, self.max_rows, self.budget = target, rows, budget
         self.context = min(target.max_context, context or target.max_context)
+        if prefix_cache < 0:
+            raise UserError(f"prefix_cache must be at least 0 bytes, not {prefix_cache}.")
         self._pace = Pace(_candidates(budget, rows)) if adaptive and budget else None
-        self._loop = Loop(target, max(self._pace.budgets) if self._pace else budget, rows)
+        deepest = max(self._pace.budgets) if self._pace else budget
+        if memory_limit is not None:
+            self.context = min(self.context, row_context(target, drafter, rows, deepest, memory_limit))
+        self.prefixes = Prefixes(prefix_cache) if prefix_cache else None
+        self._loop = Loop(target, deepest, rows, self.prefixes)
         self._rows: dict[int, Row] = {}
         self._waiting: dict[int, tuple[Row, list[int]]] = {}
         self._keys = 0
@@ -82,10 +94,12 @@ class Batch:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         drafter: Drafter | None = None,
+        log_probs: int | None = None,
     ) -> int:
         """Begin a row at the next step; returns its key.
 
         drafter: one for this row alone until it ends (None: a twin of the batch's); `NoDrafter()` decodes it plainly.
+        log_probs: as of `generate`.
         All drafters of a batch must read the same feature layers, or none. Raises UserError where `generate` does, if
         no row is free, and if prompt and answer need more than `context`.
         """
@@ -107,7 +121,7 @@ class Batch:
             )
         self._keys += 1
         mine = self._drafter.twin() if drafter is None else drafter
-        row = Row(self.target, mine, sampling or Sampling(), ending)
+        row = Row(self.target, mine, sampling or Sampling(), ending, log_probs)
         self._waiting[self._keys] = row, list(prompt_ids)
         return self._keys
 

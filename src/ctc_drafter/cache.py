@@ -82,7 +82,7 @@ class SlotCache(Cache):
         self._view = (0, 1)
         self._rows = 1  # allocated
         self._indices: dict[Any, torch.Tensor] = {}  # index tensors of the coming pass
-        self._views: tuple[int, list[tuple[torch.Tensor, torch.Tensor]]] = (0, [])
+        self._seen: list[torch.Tensor] = []
         self._planes: list[torch.Tensor] = []
         self._used: list[int] = []
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
@@ -124,6 +124,22 @@ class SlotCache(Cache):
             resized[-1][:, :count, :, :longest] = plane[:, :count, :, :longest]
         self._planes, self._rows, self.capacity = resized, rows, capacity  # all or, without memory for it, nothing
 
+    def copy_of(self, row: int) -> tuple[torch.Tensor, ...]:
+        """A copy of what a row has committed: for each tensor of planes (planes, heads, length, width)."""
+        return tuple(plane[:, row, :, : self.lengths[row]].clone() for plane in self._planes)
+
+    def fill(self, row: int, planes: Sequence[torch.Tensor]) -> None:
+        """Put into an empty row what `copy_of` gave of a row of this or another cache of the same model."""
+        length = planes[0].shape[2]
+        for i, entries in enumerate(planes):
+            if i == len(self._planes):  # no pass has been made yet: the layers will find their places in it
+                count, heads, _, width = entries.shape
+                self._planes.append(entries.new_zeros(count, self._rows, heads, self.capacity, width))
+                self._used.append(0)
+            self._planes[i][:, row, :, :length] = entries
+        self.lengths[row] = length
+        self._see(*self._view)
+
     @contextmanager
     def only(self, row: int) -> Iterator[None]:
         """Meanwhile passes and `keep` see this row alone."""
@@ -139,7 +155,7 @@ class SlotCache(Cache):
     def _see(self, first: int, stop: int) -> None:
         self._view = first, stop
         self._indices.clear()
-        self._views = 0, []
+        self._seen = []
         self.length = max(self.lengths[first:stop])
         for layer in self.layers:
             assert isinstance(layer, _SlotLayer)
@@ -151,20 +167,13 @@ class SlotCache(Cache):
 
     # ------------------------------------------------------------ passes
 
-    def views(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first `size` slots of what passes see, keys and values of each layer; the same tensors until it changes.
-
-        Their number of slots is marked as dynamic for `torch.compile`.
-        """
-        if self._views[0] != size:
-            views = []
+    def planes(self) -> list[torch.Tensor]:
+        """Keys and values of each layer in turn, all slots of what passes see, (B, heads, capacity, width)."""
+        if not self._seen:
             for layer in self.layers:
                 assert isinstance(layer, _SlotLayer) and layer.keys is not None and layer.values is not None
-                views.append((layer.keys[:, :, :size], layer.values[:, :, :size]))
-            for view in (view for pair in views for view in pair):
-                torch._dynamo.mark_dynamic(view, 2)
-            self._views = size, views
-        return self._views[1]
+                self._seen += [layer.keys, layer.values]
+        return self._seen
 
     def starts(self, device: torch.device) -> torch.Tensor:
         """(B,) lengths of the rows that a pass sees."""

@@ -1,22 +1,25 @@
-"""Passes of the target over one row as compiled graphs, one for each number of nodes: an option, never taken unasked.
+"""Passes of the target over one row as compiled programs, one for each number of nodes: an option, never taken unasked.
 
 On a small model most of a pass is the dispatch of its operations; compiled, all that lies between the matrix products
-runs in a few fused kernels. The number of slots is a dynamic dimension, so a graph serves texts of any length.
+runs in a few fused kernels, and nothing of a pass is Python. The number of slots is a dynamic dimension, so a program
+serves texts of any length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor import config
+import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from . import attention, masks, packing
 from .cache import SlotCache
+from .captured import Replayed, Run
 from .errors import UserError
 from .masks import slot_mask
-from .packing import MAX_BYTES
+from .programs import key_of, program
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -27,13 +30,13 @@ STEP = 64
 
 
 class _ViewLayer(CacheLayerMixin):
-    """One layer's slots inside a graph: new entries go to `slots`, attention reads the whole view."""
+    """One layer's slots inside a pass: new entries go to `slots`, attention reads the first `size` of all."""
 
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys, self.values, self.slots = keys, values, slots
+        self.keys, self.values, self.slots, self.size = keys, values, slots, size
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -45,85 +48,97 @@ class _ViewLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.slots, key_states)
         self.values.index_copy_(2, self.slots, value_states)
-        return self.keys, self.values
+        return self.keys[:, :, : self.size], self.values[:, :, : self.size]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_max_length(), 0
+        return self.size, 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are given
 
     def get_max_length(self) -> int:
-        assert self.keys is not None
-        return self.keys.shape[2]
+        return self.size
+
+
+class Pass(nn.Module):
+    """`Target.score` of one row as a function of tensors alone: the step that is compiled, or captured on a GPU."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.model = target.model
+        self._target = [target]  # a list hides it from what is exported
+        self.joint: nn.Module = target.joint if target.joint is not None else nn.Module()
+
+    def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """root (1, 1), nodes and depths (1, M), ancestors (1, M+1, M+1), length (), slots (S,), then planes.
+
+        planes: keys and values of each layer in turn, (1, heads, capacity, width); the first S slots are read.
+        Returns what `Target.score` does.
+        """
+        root, nodes, depths, ancestors, length, slots, *planes = arguments
+        target = self._target[0]
+        tokens, size = torch.cat([root, nodes], 1), slots.shape[0]
+        new = length + torch.arange(tokens.shape[1], device=tokens.device)
+        positions = (length + F.pad(depths, (1, 0))).clamp(max=target.max_context - 1)
+        mask = target.mask_for(lambda window: slot_mask(window, positions, ancestors, length, size, target.dtype))
+        cache = Cache(layers=[_ViewLayer(k, v, new, size) for k, v in zip(planes[::2], planes[1::2])])
+        options = {"position_ids": positions, "attention_mask": mask, target.cache_name: cache, "use_cache": True}
+        if target.joint is None:
+            return target.forward(tokens, **options)
+        with target.joint.used():
+            return target.forward(tokens, **options)
 
 
 class CompiledPass:
-    """`Target.score` of one row with a fixed number of nodes and the feature layers that are captured now.
+    """`Target.score` of one row with a fixed number of nodes and the feature layers that are captured now."""
 
-    The graph is made at the first call. On a CPU it may hold a copy of the weights, arranged for its products as
-    `packing` does it: in float32 for several nodes (a single one is faster with plain weights), in bfloat16 always.
-    """
+    def __init__(self, target: Target, budget: int, cache: SlotCache) -> None:
+        config = target.model.config
+        module = Pass(target)
+        facts = (config.to_json_string(), str(target.dtype), str(target.device), budget, target.layers)
+        limits = (target.max_context, target.cache_name, target.joint is not None)
+        key = key_of([type(target.model), Pass, attention, masks, packing], *facts, *limits)
+        self._slots = torch.empty(0, dtype=torch.long, device=target.device)
+        arguments = self._arguments(*_no_nodes(budget, target.device), cache)
+        free = torch.export.Dim.DYNAMIC
+        dynamic = [None] * 5 + [{0: free}] + [{2: free}] * (len(arguments) - 6)
+        self._program = program(module, arguments, dynamic, key)
+        self._run: Run = self._program.run
+        if target.device.type == "cuda":
+            self._run = Replayed(self._run, changing=6)
 
-    def __init__(self, target: Target, budget: int) -> None:
-        weights = sum(p.nbytes for p in target.model.parameters())
-        rearranged = budget > 0 or target.dtype == torch.bfloat16
-        self._frozen = target.device.type == "cpu" and rearranged and weights <= MAX_BYTES
-        self._made = False
-
-        def run(
-            root: torch.Tensor,
-            nodes: torch.Tensor,
-            depths: torch.Tensor,
-            ancestors: torch.Tensor,
-            length: torch.Tensor,
-            views: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = torch.cat([root, nodes], 1)
-            slots = length + torch.arange(tokens.shape[1], device=tokens.device)
-            positions = (length + torch.nn.functional.pad(depths, (1, 0))).clamp(max=target.max_context - 1)
-            size, dtype = views[0][0].shape[2], target.dtype
-            mask = target.mask_for(lambda window: slot_mask(window, positions, ancestors, length, size, dtype))
-            cache = Cache(layers=[_ViewLayer(keys, values, slots) for keys, values in views])
-            options = {"position_ids": positions, "attention_mask": mask, target.cache_name: cache}
-            return target.forward(tokens, use_cache=True, **options)
-
-        # torch counts recompilations by code object; each pass has its own.
-        run.__code__ = run.__code__.replace()
-        self._run: Any = torch.compile(run, fullgraph=True, dynamic=False, options={"guard_filter_fn": _of_shapes})
+    def _arguments(
+        self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
+    ) -> list[torch.Tensor]:
+        needed = cache.length + tree.budget + 1
+        if needed > cache.capacity:
+            raise RuntimeError(f"{needed} entries do not fit into a cache with {cache.capacity} slots a row")
+        size = min(-(-needed // STEP) * STEP, cache.capacity)
+        if len(self._slots) != size:
+            self._slots = torch.arange(size, device=root.device)
+        length = torch.tensor(cache.length, device=root.device)
+        return [root, tree.tokens, tree.depths, ancestors, length, self._slots, *cache.planes()]
 
     def __call__(
         self, root: torch.Tensor, tree: DraftTree, ancestors: torch.Tensor, cache: SlotCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `Target.score` returns."""
-        needed = cache.length + tree.budget + 1
-        if needed > cache.capacity:
-            raise RuntimeError(f"{needed} entries do not fit into a cache with {cache.capacity} slots a row")
-        views = cache.views(min(-(-needed // STEP) * STEP, cache.capacity))
-        length = torch.tensor(cache.length, device=root.device)
-        arguments = (root, tree.tokens, tree.depths, ancestors, length, views)
-        out: tuple[torch.Tensor, torch.Tensor]
-        if self._made:
-            out = self._run(*arguments)
-        else:
-            with config.patch(freezing=self._frozen):
-                out = self._run(*arguments)
-            self._made = True
-        return out
+        logits, features = self._run(self._arguments(root, tree, ancestors, cache))
+        return logits, features
 
 
 @torch.inference_mode()
 def compiled_pass(target: Target, budget: int, layers: tuple[int, ...]) -> CompiledPass:
-    """Make the graph for `budget` nodes and the features of `layers`. Raises UserError if that cannot be done."""
+    """Make the program for `budget` nodes and the features of `layers`. Raises UserError if that cannot be done."""
     before = target.layers
     target.capture(layers)
     try:
-        made = CompiledPass(target, budget)
         cache = target.new_cache(2 * STEP + budget)
-        target.prefill([0], cache)
-        nothing = torch.zeros(1, budget, dtype=torch.long, device=target.device)
-        tree = DraftTree(nothing, nothing - 1, nothing + 1)
-        made(nothing.new_zeros(1, 1), tree, tree.ancestor_mask(), cache)
+        target.prefill([0, 1, 2], cache)
+        made = CompiledPass(target, budget, cache)
+        _check(target, made, budget, cache)
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{target.name}' cannot be compiled here, so leave that out: {reason}") from None
@@ -132,6 +147,27 @@ def compiled_pass(target: Target, budget: int, layers: tuple[int, ...]) -> Compi
     return made
 
 
-def _of_shapes(guards: Sequence[Any]) -> list[bool]:
-    """Keep the guards on dynamic shapes: to check that no weight was replaced takes a tenth of a small model's pass."""
-    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
+def _check(target: Target, made: CompiledPass, budget: int, cache: SlotCache) -> None:
+    """Raise UserError unless a branching tree scores as it does eagerly: compilers err, too."""
+    parents = [(i - 1) // 2 for i in range(budget)]
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    tokens = [(3 + i) % target.vocab_size for i in range(budget)]
+    tree = DraftTree(
+        *(torch.tensor([row], dtype=torch.long, device=target.device) for row in (tokens, parents, depths))
+    )
+    root = torch.full((1, 1), 2, device=target.device)
+    arguments = root, tree, tree.ancestor_mask(), cache
+    got, want = made(*arguments), target.score(*arguments)
+    bound = 1e-3 if target.dtype == torch.float32 else 0.1
+    for one, other in zip(got, want):
+        if other.numel() and float((one - other).abs().max()) > bound * float(other.abs().max()):
+            raise UserError(f"'{target.name}' gives other numbers when it is compiled here, so leave that out.")
+
+
+def _no_nodes(budget: int, device: torch.device) -> tuple[torch.Tensor, DraftTree, torch.Tensor]:
+    """A root and a tree of padding."""
+    nothing = torch.zeros(1, budget, dtype=torch.long, device=device)
+    tree = DraftTree(nothing, nothing - 1, nothing + 1)
+    return nothing.new_zeros(1, 1), tree, tree.ancestor_mask()

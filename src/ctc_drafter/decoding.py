@@ -15,6 +15,9 @@ import torch
 from .acceptance import Chooser, Sampling, accepted_paths, largest
 from .cache import SlotCache
 from .errors import UserError
+from .logprobs import LogProb, log_probs_of
+from .memory import check_fits, spare
+from .prefixes import Prefixes
 from .target import Target
 from .tree import DraftTree
 
@@ -42,6 +45,8 @@ class Step:
     """The draft tree that was scored; None for the first step, which reads the prompt."""
     error: Exception | None = None
     """Why, if `finish` is `error`."""
+    log_probs: list[LogProb] | None = None
+    """Of each of `tokens`, if they were asked for."""
 
     @classmethod
     def failed(cls, error: Exception) -> Step:
@@ -71,8 +76,12 @@ class Clock:
 class Row:
     """One sequence among those that are advanced together, and what it carries from pass to pass."""
 
-    def __init__(self, target: Target, drafter: Drafter, sampling: Sampling, ending: Ending) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter, sampling: Sampling, ending: Ending, log_probs: int | None = None
+    ) -> None:
+        """log_probs: how many of the most probable tokens to name beside each chosen one (None: tell nothing)."""
         self.drafter, self.ending = drafter, ending
+        self._top = log_probs
         self.chooser = Chooser(sampling, target.device)
         self.context: list[int] = []
         """All ids up to the root."""
@@ -103,6 +112,12 @@ class Row:
         features, next_tokens = zip(*pairs)
         return torch.cat(features, 1), torch.cat(next_tokens, 1)
 
+    def log_probs(self, logits: torch.Tensor, offsets: list[int], tokens: list[int]) -> list[LogProb] | None:
+        """Of tokens chosen at the `offsets` of logits (n, V), if they were asked for."""
+        if self._top is None:
+            return None
+        return log_probs_of(logits[offsets[: len(tokens)]], tokens, self._top)
+
     def commit(self, features: torch.Tensor, chosen: torch.Tensor, offsets: list[int], tokens: list[int]) -> None:
         """Go on after the accepted path `offsets`: features (1, M+1, F * hidden_size) and chosen tokens (1, M+1)."""
         if not self.drafter.feature_layers:
@@ -123,9 +138,12 @@ class Loop:
     feature layers, or none.
     """
 
-    def __init__(self, target: Target, budget: int, max_rows: int = 1) -> None:
-        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time."""
-        self.target, self.budget, self.max_rows = target, budget, max_rows
+    def __init__(self, target: Target, budget: int, max_rows: int = 1, prefixes: Prefixes | None = None) -> None:
+        """budget: the most draft nodes of a row that `step` will be asked for; max_rows: the most rows at a time.
+
+        prefixes: where what is read of prompts is kept for others (None: nowhere).
+        """
+        self.target, self.budget, self.max_rows, self.prefixes = target, budget, max_rows, prefixes
         self.rows: list[Row] = []
         self.cache: SlotCache | None = None
         """None while there are no rows, so that an idle loop holds no memory."""
@@ -133,7 +151,7 @@ class Loop:
     def join(self, row: Row, prompt_ids: list[int], clock: Clock, on_read: Callable[[int], None] | None = None) -> Step:
         """Read the prompt of a new row; its first token comes from that. on_read: see `Target.prefill`."""
         target = self.target
-        capacity = len(prompt_ids) + row.ending.limit + self.budget + 1  # the last pass may overshoot by a whole draft
+        capacity = len(prompt_ids) + row.ending.limit + spare(self.budget)
         if self.cache is None:
             self.cache, place = target.new_cache(capacity), 0
         else:
@@ -141,7 +159,11 @@ class Loop:
         self.rows.append(row)
         try:
             target.capture(row.drafter.feature_layers)
-            logits, features = target.prefill(prompt_ids, self.cache, place, on_read=on_read)
+            known = self.prefixes.find(prompt_ids, target.layers) if self.prefixes is not None else None
+            logits, features = target.prefill(prompt_ids, self.cache, place, on_read=on_read, known=known)
+            if self.prefixes is not None:
+                count = 0 if known is None else len(known.ids)
+                self.prefixes.add(prompt_ids, target.layers, self.cache, place, features, count)
             empty = DraftTree.empty(1, target.device)
             root = row.chooser.choose(logits[:, None], empty, empty.ancestor_mask(), prompt_ids)
             tokens = row.begin(prompt_ids, features, root)
@@ -150,7 +172,7 @@ class Loop:
             raise
         clock.lap("prefill")
         emitted, finish = row.ending.cut(tokens)
-        return Step(emitted, 0, 0, clock.seconds, finish)
+        return Step(emitted, 0, 0, clock.seconds, finish, log_probs=row.log_probs(logits, [0], emitted))
 
     def leave(self, row: Row) -> None:
         """Free the row's place, if it has one; the last row moves into it."""
@@ -191,10 +213,12 @@ class Loop:
         for row, (mine, choices), (offsets, tokens) in zip(rows, own, paths):
             row.commit(mine, choices, offsets, tokens)
         clock.lap("commit")
-        for row, scored, (_, tokens) in zip(rows, trees, paths):
+        for i, (row, scored, (offsets, tokens)) in enumerate(zip(rows, trees, paths)):
             emitted, finish = row.ending.cut(tokens)
             accepted = min(len(emitted), len(tokens) - 1)
-            steps.append((row, Step(emitted, accepted, scored.budget, clock.seconds, finish, scored)))
+            told = row.log_probs(logits[i], offsets, emitted)
+            step = Step(emitted, accepted, scored.budget, clock.seconds, finish, scored, log_probs=told)
+            steps.append((row, step))
         return steps
 
     def _draft(self, budget: int, clock: Clock) -> tuple[list[DraftTree], list[tuple[Row, Step]]]:
@@ -269,19 +293,23 @@ def generate(
     stop: Sequence[str] = (),
     profile: bool = False,
     on_read: Callable[[int], None] | None = None,
+    memory_limit: int | None = None,
+    log_probs: int | None = None,
 ) -> Iterator[Step]:
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
     Ends at one of the target's stop ids (emitted), after a `stop` string, after `max_new_tokens`, or at the context's
     edge. Greedy output equals the target's own, sampled output has its distribution, whatever the drafter; with a seed
     the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
-    phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. Raises UserError for
-    an empty or too long prompt.
+    phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. `memory_limit`: bytes
+    that keys and values may take. With `log_probs` steps tell the target's log probabilities of their tokens, and so
+    many of the most probable ones. Raises UserError for an empty or too long prompt, and one that may not fit.
     """
     ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
-    row = Row(target, drafter, sampling or Sampling(), ending)
+    check_fits(target, drafter, len(prompt_ids), ending.limit, budget, memory_limit)
+    row = Row(target, drafter, sampling or Sampling(), ending, log_probs)
     loop = Loop(target, budget)
     step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
     yield step

@@ -83,11 +83,11 @@ def slot_mask(
     """
     q, device = positions.shape[1], positions.device
     slots = torch.arange(size, device=device)
-    new = slots - length
-    own = new.clamp(0, q - 1)
-    seen = (new < 0) | ((new < q) & ancestors[0][:, own])
+    new = length + torch.arange(q, device=device)
+    # Copied into its place, which also has a compiled pass write it down once, and not work it out in every layer.
+    seen = (slots < length).repeat(q, 1).index_copy(1, new, ancestors[0])
     if window is not None:
-        keys = torch.where(new < 0, slots, positions[0][own])
+        keys = slots.index_copy(0, new, positions[0])
         seen = seen & (positions[0, :, None] - keys < window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]

@@ -17,6 +17,8 @@ BURST = 3
 """Passes of a probe. The time of the first does not count: the drafters catch up in it."""
 FIRST, SURE = 8, 96
 """Rows of passes that a candidate is tried for before it is judged; and from which on its tokens are believed."""
+SHARE = 0.02
+"""Part of the time that probes may lose, once all candidates are known."""
 NEAR = 1.25
 """A row count within this ratio of a measured one, but not between two, is judged in proportion to it."""
 
@@ -27,7 +29,8 @@ class Pace:
     Drafting pays while the pass is bound by memory traffic: the more rows run, the more a pass costs by its nodes. How
     much depends on machine, model and text, so it is measured as the passes go: seconds of a pass for each candidate
     and number of rows, and tokens per row for each candidate, whatever the number of rows. The best candidate runs; the
-    others are probed now and then, at most BURST passes of SHORTEST + BURST. What is emitted does not depend on it.
+    others are probed now and then, at most BURST passes of SHORTEST + BURST, and as seldom as it takes for what that
+    loses to stay within SHARE of the time. What is emitted does not depend on it.
     """
 
     def __init__(self, budgets: Sequence[int]) -> None:
@@ -44,6 +47,8 @@ class Pace:
         self._since: dict[int, int] = {}
         self._best: dict[int, int] = {}
         self._turn = 0
+        self._allowance = 0.0
+        """Seconds that probes may lose by now."""
 
     def choose(self, rows: int, most: int | None = None) -> int:
         """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any)."""
@@ -59,10 +64,14 @@ class Pace:
             self._best[rows], self._patience[rows], self._since[rows] = best, SHORTEST, 0
         self._since[rows] += 1
         if self._since[rows] > self._patience[rows] and len(budgets) > 1:
-            self._since[rows], self._patience[rows] = 0, min(2 * self._patience[rows], LONGEST)
             others = [b for b in budgets if b != best]
-            self._turn += 1
-            return self._probe(others[self._turn % len(others)])
+            other = others[self._turn % len(others)]
+            loss = self._loss(other, best, rows)
+            if loss <= self._allowance:
+                self._allowance -= loss
+                self._since[rows], self._patience[rows] = 0, min(2 * self._patience[rows], LONGEST)
+                self._turn += 1
+                return self._probe(other)
         return best
 
     def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
@@ -75,6 +84,13 @@ class Pace:
         if budget == self._last:
             self._seconds[budget].setdefault(rows, deque(maxlen=WINDOW)).append(seconds)
         self._last = budget
+        if not left:
+            self._allowance += SHARE * seconds
+
+    def _loss(self, budget: int, best: int, rows: int) -> float:
+        """Seconds that a probe of `budget` is expected to take longer than `best` would for the same tokens."""
+        longer = (self.seconds(budget, rows) or 0.0) - rows * self._tokens[budget] / self.rate(best, rows)
+        return max(0.0, BURST * longer)
 
     def rate(self, budget: int, rows: int) -> float:
         """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unknown."""

@@ -3,12 +3,15 @@
 `F.linear` lets MKL (float32) or oneDNN (bfloat16) rearrange a weight on every call. Packed beforehand, a product with
 a few rows runs up to twice as fast; numbers differ from `F.linear` by rounding only. In float32 a packed weight serves
 one row count, and a single row reads the plain weight, which is faster; in bfloat16 one packed weight serves all.
+Batches, whose row counts come and go, have their rows filled up with zeros to a multiple of GRAIN, so that a few copies
+serve all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,10 @@ from torch import nn
 
 MAX_BYTES = 2**30
 MAX_ROWS = 64
+GRAIN = 8
+"""Rows of batched passes are filled up to a multiple of it: that costs less than what packing gains."""
 PATIENCE = 8
-"""Batched passes with the same number of rows before weights are packed for it."""
+"""Batched passes of a size before weights are packed for it."""
 ANY = 0  # row count under which a weight packed for all row counts is kept
 
 
@@ -37,12 +42,14 @@ class PackedLinears:
     def prepare(self, rows: int, after: int = 1) -> None:
         """Pack for products of `rows` rows, unless that is done or pointless; past MAX_BYTES the oldest copies go.
 
-        after: in float32, the how-manieth call for these rows packs for them. Packing takes as long as several products
-        do, and takes memory, so a row count that may not come again should wait.
+        after: in float32, the how-manieth call packs. Packing takes as long as several products do, and takes memory,
+        so a row count that may not come again should wait; with more than 1 it is done for the next multiple of GRAIN,
+        which serves the counts below it too.
         """
         if not self._layers:
             return
         low_precision = self._layers[0].weight.dtype == torch.bfloat16
+        rows = rows if after == 1 or rows > MAX_ROWS else filled(rows)
         if not low_precision and not 1 < rows <= MAX_ROWS:
             return
         rows = ANY if low_precision else rows
@@ -67,6 +74,79 @@ class PackedLinears:
         self._rows.append(rows)
 
 
+def filled(rows: int) -> int:
+    """The next multiple of GRAIN."""
+    return -(-rows // GRAIN) * GRAIN
+
+
+class JointLinears(nn.Module):
+    """The linear layers of compiled passes, those that read the same input as one product, in float32.
+
+    Weights are transposed, (in, out of all): so MKL needs to rearrange nothing, whatever the number of rows. A layer in
+    bfloat16 is computed in float32 and rounded at its end, which is what a bfloat16 product does too; without AMX that
+    is faster from two rows on, and no slower for one.
+    """
+
+    def __init__(self, groups: Iterable[list[nn.Linear]]) -> None:
+        super().__init__()
+        self._groups = list(groups)
+        self._held: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = [None] * len(self._groups)
+        for i, layers in enumerate(self._groups):
+            together = torch.cat([layer.weight.detach() for layer in layers]).float().t().contiguous()
+            self.register_buffer(f"weight_{i}", together, persistent=False)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Meanwhile the layers' products are these."""
+        layers = [(layer, layer.__dict__.get("forward")) for group in self._groups for layer in group]
+        for i, group in enumerate(self._groups):
+            for part, layer in enumerate(group):
+                layer.forward = self._forward(i, part)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            self._held = [None] * len(self._groups)
+            for layer, forward in layers:
+                if forward is None:
+                    del layer.__dict__["forward"]
+                else:
+                    layer.forward = forward  # type: ignore[method-assign]
+
+    def _forward(self, index: int, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        layers = self._groups[index]
+        bias = layers[part].bias
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            held = self._held[index]
+            if held is None or held[0] is not x:
+                product = x.float() @ getattr(self, f"weight_{index}")
+                held = self._held[index] = x, product.split([layer.out_features for layer in layers], -1)
+            out = held[1][part]
+            return (out if bias is None else out + bias).to(x.dtype)
+
+        return forward
+
+
+def joined_by_input(layers: Iterable[nn.Linear], run: Callable[[], object]) -> list[list[nn.Linear]]:
+    """The layers that `run` calls, in groups of those that it calls with the same tensor; no layer twice."""
+    groups: dict[int, list[nn.Linear]] = {}
+    seen: list[torch.Tensor] = []  # kept, so that no other tensor has the same id
+
+    def note(layer: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        groups.setdefault(id(inputs[0]), []).append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    calls = Counter(layer for group in groups.values() for layer in group)
+    once = ([layer for layer in group if calls[layer] == 1] for group in groups.values())
+    return [group for group in once if group]
+
+
 def linear_of(weight: torch.Tensor) -> nn.Linear:
     """A frozen linear layer that uses `weight` (out, in) as it is."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -75,7 +155,7 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
 
 
 def _packable(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or type(weight) is not nn.Parameter:  # quantized weights bring their own products
         return False
     if weight.dtype == torch.float32:
         return bool(torch.backends.mkl.is_available())
@@ -85,10 +165,18 @@ def _packable(weight: torch.Tensor) -> bool:
 def _forward_float32(layer: nn.Linear, packed: dict[int, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if not torch.compiler.is_compiling() and rows in packed and torch.is_inference_mode_enabled():
-            out: torch.Tensor = torch.ops.mkl._mkl_linear(x, packed[rows], layer.weight, layer.bias, rows)
+        if rows < 2 or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return F.linear(x, layer.weight, layer.bias)
+        out: torch.Tensor
+        if rows in packed:
+            out = torch.ops.mkl._mkl_linear(x, packed[rows], layer.weight, layer.bias, rows)
             return out
-        return F.linear(x, layer.weight, layer.bias)
+        size = filled(rows)
+        if size not in packed:
+            return F.linear(x, layer.weight, layer.bias)
+        x_filled = F.pad(x.reshape(rows, -1), (0, 0, 0, size - rows))
+        out = torch.ops.mkl._mkl_linear(x_filled, packed[size], layer.weight, layer.bias, size)
+        return out[:rows].view(*x.shape[:-1], -1)
 
     return forward
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,11 @@ from .cache import SlotCache
 from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
 from .errors import UserError
+from .loading import check_folder, resolve_device, resolve_dtype, target_name
 from .masks import ragged_mask, row_mask, windows
-from .packing import PATIENCE, PackedLinears
+from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
+from .prefixes import Prefix
+from .quantization import quantize
 from .selftest import self_test
 from .tree import DraftTree
 
@@ -58,12 +61,23 @@ class Target:
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if named else "past_key_values"
-        self._probe: list[float] | None = None
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
         self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
+        self.quantized = False
+        self._probe: list[float] | None = None  # of the weights before they were quantized or shared out
+        self.joint: JointLinears | None = None
+        """The weights of compiled passes on a CPU, where they are copied."""
+
+    @cached_property
+    @torch.inference_mode()
+    def position_bytes(self) -> int:
+        """Bytes of the keys and values of one position."""
+        cache = self.new_cache(1)
+        self.prefill([0], cache)
+        return cache.nbytes
 
     @property
     def device(self) -> torch.device:
@@ -86,12 +100,8 @@ class Target:
         return module
 
     def probe(self) -> list[float]:
-        """A few weights spread over the model: enough to tell it from its fine-tuned siblings, in any dtype."""
-        if self._probe is not None:
-            return self._probe
-        parameters = [p for _, p in sorted(self.model.named_parameters())]
-        step = max(1, len(parameters) // 16)
-        return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]
+        """`probe_of` the weights as they were loaded, by which a drafter knows its target."""
+        return probe_of(self.model) if self._probe is None else self._probe
 
     @classmethod
     def load(
@@ -101,17 +111,19 @@ class Target:
         dtype: str = "auto",
         device: str = "auto",
         trust_remote_code: bool = False,
+        quantized: str | None = None,
     ) -> Target:
         """Load a local folder or hub name (None: the embedded target) and run the self-test.
 
-        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. Raises UserError
-        for anything that is not a loadable, tree-capable causal LM.
+        dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. quantized:
+        `int8` keeps the weights in eight bits, by torchao. Raises UserError for anything that is not a loadable,
+        tree-capable causal LM.
         """
         path = EMBEDDED / "target" if path is None else path
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         if Path(path).is_dir():
-            _check_folder(Path(path))
+            check_folder(Path(path))
         elif Path(path).is_absolute() or str(path).startswith((".", "~")) or Path(path).exists():
             raise UserError(f"There is no model folder '{path}'.")
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -124,7 +136,14 @@ class Target:
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
-        return cls.of(model.to(where), tokenizer, target_name(path))
+        model = model.to(where)
+        probe = None
+        if quantized is not None:
+            probe = probe_of(model)
+            quantize(model, quantized)
+        target = cls.of(model, tokenizer, target_name(path))
+        target.quantized, target._probe = quantized is not None, probe
+        return target
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, name: str) -> Target:
@@ -199,17 +218,22 @@ class Target:
         *,
         chunk: int = CHUNK,
         on_read: Callable[[int], None] | None = None,
+        known: Prefix | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a prompt into an empty row; last position's logits (1, V), all features (1, P, F * hidden_size).
 
         In passes of `chunk` tokens, so that activations and mask, (1, 1, chunk, P), grow with P and not with its
-        square; on_read is told after each pass how many tokens are read. Raises ValueError if chunk is below 1.
+        square; on_read is told after each pass how many tokens are read. known: a true beginning of the prompt that was
+        read before with the same feature layers, and is not read again. Raises ValueError if chunk is below 1.
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
-        features = []
+        features, begin = [], 0
+        if known is not None:
+            cache.fill(row, known.planes)
+            features, begin = [known.features], len(known.ids)
         with cache.only(row):
-            for start in range(0, len(ids), chunk):
+            for start in range(begin, len(ids), chunk):
                 tokens = torch.tensor([ids[start : start + chunk]], device=self.device)
                 q = tokens.shape[1]
                 ancestors = torch.ones(1, q, q, dtype=torch.bool, device=self.device).tril()
@@ -265,14 +289,26 @@ class Target:
         """Compile the passes of one row over the root alone and over root + `budget` nodes; returns the seconds taken.
 
         layers: the features that the second returns, those of a drafter; the first returns none. Other passes go on as
-        before. Numbers change by rounding. torch keeps kernels on disk, so the next process takes about half the time.
+        before. Numbers change by rounding. The next process finds the programs on disk, see `programs`.
         Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
+        if self.quantized:
+            raise UserError(f"'{self.name}' is quantized and cannot be compiled; leave one of the two out.")
         began = time.perf_counter()
+        if self.joint is None and self.device.type == "cpu":
+            self.joint = self._join()
         for count, captured in ((0, ()), *([(budget, tuple(layers))] if budget else [])):
             if (count, captured) not in self._compiled:
                 self._compiled[count, captured] = compiled_pass(self, count, captured)
         return time.perf_counter() - began
+
+    @torch.inference_mode()
+    def _join(self) -> JointLinears | None:
+        """The linear layers with transposed weights, unless these copies are too large."""
+        layers = [m for m in self.model.modules() if type(m) is nn.Linear]
+        if self.dtype not in (torch.float32, torch.bfloat16) or 4 * sum(m.weight.numel() for m in layers) > MAX_BYTES:
+            return None
+        return JointLinears(joined_by_input(layers, lambda: self.prefill([0], self.new_cache(1))))
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Share out the decoder layers' weights over the processes of `mesh` (FSDP2), and move the rest to its device.
@@ -300,48 +336,6 @@ class Target:
         return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
 
 
-def target_name(path: str | Path) -> str:
-    """The name by which drafters know their target: a folder's own name, or the hub name."""
-    return Path(path).resolve().name if Path(path).exists() else str(path)
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises UserError for a device torch does not have."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-        torch.empty(1, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
-    if where.type == "cuda" and where.index is not None:
-        torch.cuda.set_device(where)  # clocks and memory counters read the current device
-    return where
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> Any:
-    """torch dtype for a name; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in names:
-        raise UserError(f"Unknown dtype '{dtype}'; use auto, float32, bfloat16 or float16.")
-    return names[dtype]
-
-
-def _check_folder(path: Path) -> None:
-    config = path / "config.json"
-    try:
-        content = json.loads(config.read_text())
-    except FileNotFoundError:
-        raise UserError(f"Folder '{path}' has no config.json, so it is not a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{config}' cannot be read ({error}).") from None
-    if "speculators_config" in content:
-        raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
-
-
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids: set[int] = set()
     sources = [getattr(tokenizer, "eos_token_id", None), model.config.get_text_config().eos_token_id]
@@ -360,3 +354,10 @@ def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     raise UserError(
         "The target's decoder layers cannot be found, so it has no layer features; use the last layer only."
     )
+
+
+def probe_of(model: nn.Module) -> list[float]:
+    """A few weights spread over a model: enough to tell it from its fine-tuned siblings, in any dtype."""
+    parameters = [p for _, p in sorted(model.named_parameters())]
+    step = max(1, len(parameters) // 16)
+    return [float(v) for p in parameters[::step] for v in p.flatten()[:2].to(torch.bfloat16).float().tolist()]

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ROOT = -1
 """Parent index of a child of the root."""
+FEW = 33
+"""Rows of a mask that a loop on the host fills sooner than a few tensor operations do."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class DraftTree:
         solve, exact in floating point because every entry of the solution is 0 or 1.
         """
         size = self.budget + 1
+        if size <= FEW and len(self.tokens) == 1 and self.tokens.device.type == "cpu":
+            return _ancestors(self.parents)
         identity = torch.eye(size, device=self.tokens.device)
         system = identity.repeat(self.tokens.shape[0], 1, 1)
         system[:, 1:].scatter_(2, (self.parents + 1).unsqueeze(2), -1.0)
@@ -127,6 +132,16 @@ class DraftTree:
             raise ValueError("a parent must be -1 (the root) or come before its child")
         if not torch.equal(self.offsets().gather(1, self.parents + 1) + 1, self.depths):
             raise ValueError("a node's depth must be its parent's depth + 1")
+
+
+def _ancestors(parents: Tensor) -> Tensor:
+    """`DraftTree.ancestor_mask` for one row on the host: a node sees what its parent sees, and itself."""
+    above = parents[0].tolist()
+    seen = np.eye(len(above) + 1, dtype=bool)
+    seen[:, 0] = True
+    for node, parent in enumerate(above, 1):
+        seen[node] |= seen[parent + 1]
+    return torch.from_numpy(seen)[None]
 
 
 def _best_path(tokens: list[int], parents: list[int], probs: list[float]) -> list[int]:

@@ -18,6 +18,7 @@ from ctc_drafter.drafters import Drafter, NoDrafter
 from ctc_drafter.serving.app import Limits, Service, create_app
 from ctc_drafter.serving.scheduler import Scheduler
 from ctc_drafter.serving.server import bind
+from ctc_drafter.serving.wire import Protocol
 from ctc_drafter.target import Target
 
 NAME = "tiny"
@@ -77,7 +78,7 @@ def live(
     scheduler = Scheduler(target, drafters, budget=6, slots=slots, queue=queue, timeout=timeout)
     service = Service(target, scheduler, name=NAME, drafter=next(iter(drafters)), key=key, limits=limits)
     bound = bind("127.0.0.1", 0)
-    config = uvicorn.Config(create_app(service), log_level="warning", http="h11", loop="asyncio", ws="none")
+    config = uvicorn.Config(create_app(service), log_level="warning", http=Protocol, loop="asyncio", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()

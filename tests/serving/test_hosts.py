@@ -18,7 +18,8 @@ def test_addresses_and_localhost_are_local(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "x"]
+    "host",
+    ["", "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "x", "[::1", "["],
 )
 def test_other_names_are_not(host: str) -> None:
     assert not is_local_name(host)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 from openai import OpenAI
 from typer.testing import CliRunner
 
@@ -223,9 +224,9 @@ def test_models_are_listed(client: OpenAI, target: Target) -> None:
 
 
 def test_what_is_not_supported_is_refused_in_words(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"logprobs.*probabilities") as error:
-        client.chat.completions.create(**ask("Hi", logprobs=True))
-    assert (error.value.param, error.value.code) == ("logprobs", "unsupported_parameter")
+    with pytest.raises(openai.BadRequestError, match=r"logit_bias.*takes no bias") as error:
+        client.chat.completions.create(**ask("Hi", logit_bias={"5": 1}))
+    assert (error.value.param, error.value.code) == ("logit_bias", "unsupported_parameter")
     harmless: dict[str, Any] = {"user": "me", "metadata": {"a": "b"}, "frequency_penalty": 0, "logprobs": False}
     assert client.chat.completions.create(**ask("Hi", tools=[], **harmless)).choices
 
@@ -263,6 +264,10 @@ def test_metrics_count_what_happened(server: Live, client: OpenAI) -> None:
     assert grown(f"ctc_drafter_prompt_tokens_total{kind}") == usage.prompt_tokens
     assert grown(f"ctc_drafter_steps_total{kind}") == draft["steps"]
     assert grown(f"ctc_drafter_accepted_tokens_total{kind}") == draft["accepted"]
+    assert grown(f"ctc_drafter_accepted_length_count{kind}") == draft["steps"]
+    assert grown(f"ctc_drafter_accepted_length_sum{kind}") == draft["accepted"]
+    steps, emitted = (after[f"ctc_drafter_accepted_length_{name}{kind}"] for name in ("count", "sum"))
+    assert after[f"ctc_drafter_tau{kind}"] == pytest.approx(1 + emitted / steps, rel=0.05)  # ends are cut
     for name in ("time_to_first_token", "time_per_token", "request"):
         assert grown(f"ctc_drafter_{name}_seconds_count{kind}") == 1
         assert grown(f"ctc_drafter_{name}_seconds_sum{kind}") > 0
@@ -296,3 +301,51 @@ def test_the_schema_names_the_model_and_has_no_loose_ends(server: Live) -> None:
     schemas = document["components"]["schemas"]
     assert schemas["ChatRequest"]["properties"]["model"]["enum"] == [NAME]
     assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= schemas.keys()
+
+
+# ---------------------------------------------------------------- log probabilities
+
+
+@EXTRAS
+def test_log_probabilities_are_the_targets_own(client: OpenAI, target: Target, extra: dict[str, Any]) -> None:
+    """Against one pass of the target over prompt and answer."""
+    ids, count = chat_ids(target, QUESTIONS[4]), 12
+    tokens = tokens_of(target, NoDrafter(), ids, max_new_tokens=count)
+    with torch.inference_mode():
+        scores = target.model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].float().log_softmax(-1)
+    asked = ask(QUESTIONS[4], max_tokens=count, logprobs=True, top_logprobs=3, extra_body=extra)
+    told = client.chat.completions.create(**asked).choices[0].logprobs
+    assert told is not None and told.content is not None
+    assert [each.token for each in told.content] == [target.tokenizer.decode([t]) for t in tokens]
+    for each, token, row in zip(told.content, tokens, scores, strict=True):
+        assert each.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert each.bytes == (None if "\ufffd" in each.token else list(each.token.encode()))
+        best = row.topk(3)
+        assert [top.logprob for top in each.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert each.top_logprobs[0].token == target.tokenizer.decode([int(best.indices[0])])
+    chunks = list(client.chat.completions.create(stream=True, **asked))
+    parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    streamed_tokens = [each.token for part in parts for each in part or []]
+    assert streamed_tokens == [each.token for each in told.content]
+
+
+def test_log_probabilities_of_text_completions(client: OpenAI, target: Target) -> None:
+    reply = client.completions.create(model=NAME, prompt="How many", max_tokens=9, temperature=0, logprobs=2)
+    told = reply.choices[0].logprobs
+    assert told is not None and told.tokens and told.text_offset and told.token_logprobs and told.top_logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == 9
+    assert all(value <= 0 for value in told.token_logprobs)
+    assert all(max(top.values()) == pytest.approx(value) for top, value in zip(told.top_logprobs, told.token_logprobs))
+    assert told.text_offset[0] == 0 and told.text_offset == sorted(told.text_offset)
+    assert client.completions.create(model=NAME, prompt="Hi", max_tokens=2).choices[0].logprobs is None
+
+
+def test_samples_tell_the_probabilities_before_temperature(client: OpenAI) -> None:
+    seen = [
+        client.chat.completions.create(**ask(QUESTIONS[0], max_tokens=1, logprobs=True, top_logprobs=5) | more)
+        for more in ({"temperature": 0}, {"temperature": 2, "seed": 3}, {"temperature": 0.3, "top_p": 0.5, "seed": 4})
+    ]
+    tops = [reply.choices[0].logprobs.content[0].top_logprobs for reply in seen]  # type: ignore[union-attr, index]
+    for others in tops[1:]:
+        assert [top.token for top in others] == [top.token for top in tops[0]]
+        assert [top.logprob for top in others] == pytest.approx([top.logprob for top in tops[0]], abs=1e-4)

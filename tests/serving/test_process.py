@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from ctc_drafter.cli import app
 from ctc_drafter.drafters import NoDrafter
+from ctc_drafter.files import file_digest
 from ctc_drafter.target import Target
 from live import QUESTIONS, ask, chat_ids, text_of, tokens_of, wait_until
 
@@ -27,10 +29,10 @@ HTTP = httpx2.Client(timeout=60)
 
 
 @contextmanager
-def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(*args: object, cwd: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address; it is killed at the end if it still runs."""
     command = [sys.executable, "-m", "ctc_drafter", "serve", "--port", "0", "--threads", "1", *map(str, args)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -84,15 +86,46 @@ def test_a_second_signal_ends_the_server_at_once(target_folder: Path) -> None:
         assert process.wait(30) == 0
 
 
-def test_a_killed_server_is_an_error_at_the_client(target_folder: Path) -> None:
-    with served("--target", target_folder, "--drafter", "none", "--slots", 1) as (process, base):
-        stream = client_of(base).chat.completions.create(stream=True, n=16, **request(0, max_tokens=140, temperature=1))
-        next(iter(stream))
-        process.kill()
-        with pytest.raises((openai.APIError, httpx2.HTTPError)):
-            list(stream)
+def test_kill_9_in_mid_stream_is_a_clean_error_and_harms_nothing(
+    target: Target, target_folder: Path, drafter_folder: Path, tmp_path: Path
+) -> None:
+    """All that the server could write to is compared, and the next server on the port answers as ever."""
+    models = tmp_path / "models"
+    shutil.copytree(target_folder, models / "target")
+    shutil.copytree(drafter_folder, models / "drafter")
+    before = digests(tmp_path)
+    want = text_of(target, tokens_of(target, NoDrafter(), chat_ids(target, QUESTIONS[0]), max_new_tokens=40))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ("--target", models / "target", "--drafter", models / "drafter", "--port", port, "--model-name", "tiny")
+    with served(*arguments, cwd=tmp_path) as (process, base):
+        client = client_of(base)
+        streams = [
+            client.chat.completions.create(stream=True, **request(i, max_tokens=140, temperature=1)) for i in range(8)
+        ]
+        for stream in streams:
+            next(iter(stream))
+        waiting = ThreadPoolExecutor(1).submit(client.chat.completions.create, **request(0, n=16, max_tokens=140))
+        wait_until(lambda: HTTP.get(f"{base}/health").json()["waiting"] > 0)
+        process.kill()  # SIGKILL
+        assert process.wait(20) == -signal.SIGKILL
+        for stream in streams:
+            with pytest.raises((openai.APIError, httpx2.HTTPError)):
+                list(stream)
         with pytest.raises(openai.APIConnectionError):
-            client_of(base).models.list()
+            waiting.result(20)
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+    assert digests(tmp_path) == before
+    with served(*arguments, cwd=tmp_path) as (process, base):
+        reply = client_of(base).chat.completions.create(**request(0))
+        assert reply.choices[0].message.content == want
+    assert digests(tmp_path) == before
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..drafters import load_drafter
+from ..drafters import compile_passes, load_drafter
 from ..errors import UserError
 from ..target import Target
 from ..words import number
@@ -56,7 +56,7 @@ def run_bench(
         "device": str(target.device),
     }
     if compile:
-        taken = sum(target.compile(c.budget, c.drafter.feature_layers) for c in contenders)
+        taken = sum(compile_passes(target, c.drafter, c.budget) for c in contenders)
         about["compile_seconds"] = round(taken, 1)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:

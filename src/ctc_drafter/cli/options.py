@@ -78,6 +78,12 @@ Compile = Annotated[
     bool,
     typer.Option("--compile", help="Compile the passes first: some seconds, then faster steps, plain and drafted."),
 ]
+MemoryLimit = Annotated[
+    str | None, typer.Option("--memory-limit", help="The most memory for keys and values, e.g. 2GiB. Default: none.")
+]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", help="int8: the target's weights in eight bits, which needs torchao.")
+]
 Recipe = Annotated[Path | None, typer.Option("--config", help="YAML recipe; the other options win over it.")]
 Settings = Annotated[
     list[str] | None,
@@ -92,7 +98,21 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def load_target(name: str | None, dtype: str, device: str, threads: int | None, trust_remote_code: bool) -> Target:
+def bytes_of(text: str | None) -> int | None:
+    """Bytes in the text of an option."""
+    from ..memory import parse_bytes
+
+    return None if text is None else parse_bytes(text)
+
+
+def load_target(
+    name: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    trust_remote_code: bool,
+    quantized: str | None = None,
+) -> Target:
     """The target of the options, quietly."""
     import torch
     from transformers.utils import logging
@@ -104,7 +124,8 @@ def load_target(name: str | None, dtype: str, device: str, threads: int | None, 
     logs.disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    return Target.load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    more = {"trust_remote_code": trust_remote_code, "quantized": quantized}
+    return Target.load(name, dtype=dtype, device=device, **more)  # type: ignore[arg-type]
 
 
 def load_drafter(name: str | None, target: Target) -> Any:

@@ -19,7 +19,9 @@ from .options import (
     Dtype,
     Limit,
     MaxNewTokens,
+    MemoryLimit,
     MinP,
+    Quantize,
     Raw,
     Repetition,
     Seed,
@@ -30,6 +32,7 @@ from .options import (
     TopK,
     TopP,
     Trust,
+    bytes_of,
     command,
     load_drafter,
     load_target,
@@ -103,6 +106,8 @@ def generate(
     raw: Raw = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
     compile: Compile = False,
+    memory_limit: MemoryLimit = None,
+    quantize: Quantize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -115,13 +120,15 @@ def generate(
         raise UserError("The prompt is empty; give some text, or - to read it from standard input.")
     from ..bench.measure import Answer, encode, timed
     from ..decoding import generate as steps_of
+    from ..drafters import compile_passes
     from ..streaming import TextStream
     from ..words import number
 
-    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    limit = bytes_of(memory_limit)
+    loaded = load_target(target, dtype, device, threads, trust_remote_code, quantize)
     chosen = load_drafter(drafter, loaded)
     if compile:
-        taken = loaded.compile(0 if chosen.name == "none" else budget, chosen.feature_layers)
+        taken = compile_passes(loaded, chosen, budget)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)
@@ -134,6 +141,7 @@ def generate(
         sampling=sampling,
         stop=stop or (),
         on_read=_reading(len(ids)),
+        memory_limit=limit,
     )
     for step in timed(steps, answer, loaded):
         _write(stream.push(step.tokens))
@@ -169,6 +177,7 @@ def bench(
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
     compile: Compile = False,
+    quantize: Quantize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -185,7 +194,7 @@ def bench(
     from ..drafters import DEFAULT
 
     run_bench(
-        lambda: load_target(target, dtype, device, threads, trust_remote_code),
+        lambda: load_target(target, dtype, device, threads, trust_remote_code, quantize),
         prompts,
         drafters=drafter or [DEFAULT],
         budgets=budget or [BUDGET],

@@ -16,7 +16,9 @@ from .options import (
     DrafterName,
     Dtype,
     MaxNewTokens,
+    MemoryLimit,
     MinP,
+    Quantize,
     Repetition,
     Seed,
     TargetName,
@@ -25,6 +27,7 @@ from .options import (
     TopK,
     TopP,
     Trust,
+    bytes_of,
     command,
     load_drafter,
     load_target,
@@ -56,6 +59,15 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option("--api-key-env", help="Environment variable with the key that clients must send.")
     ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option("--max-context", min=1, help="Tokens of a prompt and its answer. Default: the target's."),
+    ] = None,
+    memory_limit: MemoryLimit = None,
+    prefix_cache: Annotated[
+        str, typer.Option("--prefix-cache", help="Memory for prompts that others may begin with, e.g. 256MiB; 0: none.")
+    ] = "0",
+    quantize: Quantize = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -76,9 +88,22 @@ def serve(
     from ..serving.server import bind, run
 
     bound = bind(host, port)
-    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    limit, prefixes = bytes_of(memory_limit), bytes_of(prefix_cache) or 0
+    loaded = load_target(target, dtype, device, threads, trust_remote_code, quantize)
     drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
-    scheduler = Scheduler(loaded, drafters, budget=budget, slots=slots, queue=queue, timeout=timeout, adaptive=True)
+    scheduler = Scheduler(
+        loaded,
+        drafters,
+        budget=budget,
+        slots=slots,
+        queue=queue,
+        timeout=timeout,
+        adaptive=True,
+        context=max_context,
+        memory_limit=limit,
+        prefix_cache=prefixes,
+    )
+    loaded.max_context = scheduler.context  # what a request may ask for, and how it is refused, follows from this
     service = Service(
         loaded,
         scheduler,

@@ -33,6 +33,7 @@ __all__ = [
     "ParallelConfig",
     "ParallelDrafter",
     "TrainableDrafter",
+    "compile_passes",
     "drafter_folder",
     "load_drafter",
     "register",
@@ -68,3 +69,12 @@ def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
     drafter = load_trainable(folder, target)
     drafter.name = name if name in EMBEDDED_DRAFTERS else folder.resolve().name
     return drafter
+
+
+def compile_passes(target: Target, drafter: Drafter, budget: int) -> float:
+    """Compile all that a step of one row runs: the target's plain and drafted passes and the drafter's own.
+
+    Returns the seconds taken. Raises UserError where `Target.compile` does.
+    """
+    nodes = 0 if type(drafter) is NoDrafter else budget
+    return target.compile(nodes, drafter.feature_layers) + drafter.compile_draft()

@@ -177,6 +177,19 @@ class DraftModule(nn.Module):
         """Forget all pairs but the first `length`."""
         self._length = length
 
+    def held(self) -> tuple[int, list[torch.Tensor]]:
+        """How many pairs the cache holds; keys and values of each layer in turn, (1, kv_heads, capacity, dim)."""
+        return self._length, [plane for both in self._keys_values for plane in both]
+
+    def grow(self, count: int) -> None:
+        """`count` pairs more are in the cache, written there by another than `step`."""
+        self._length += count
+
+    @staticmethod
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        """Slots after the last layer -> what `step` returns."""
+        return unit_norm(x)
+
     def step(self, context: torch.Tensor) -> torch.Tensor:
         """Append context (1, n, width) to the cache and run the slots after it: (1, N, width), for a head of `fold`."""
         start, n = self._length, context.shape[1]
@@ -193,7 +206,7 @@ class DraftModule(nn.Module):
             attended = F.scaled_dot_product_attention(grouped, k_all[:, :, :end], v_all[:, :, :end])
             x = layer.update(x, attended.reshape(q.shape).transpose(1, 2).flatten(-2))
         self._length = start + n
-        return unit_norm(x)
+        return self.normed(x)
 
     def together(self, modules: Sequence[DraftModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """`step` of several modules that share weights: (B, N, width).
@@ -219,7 +232,7 @@ class DraftModule(nn.Module):
             x = layer.update(x, attended)
         for module, end in zip(modules, ends):
             module._length = end
-        return unit_norm(x)
+        return self.normed(x)
 
     def _attend_own(
         self,

@@ -61,9 +61,27 @@ class Drafter(nn.Module):
     def start(self, capacity: int) -> None:
         """Forget the last sequence; at most `capacity` positions will follow."""
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that one position of the context takes in what `start` makes."""
+        other, sizes = self.twin(), []
+        for capacity in (64, 128):
+            other.start(capacity)
+            holders = (other, *other._modules.values())
+            held = [value for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor)]
+            sizes.append(sum(tensor.nbytes for tensor in held))
+        return (sizes[1] - sizes[0]) // 64
+
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         """Run the module on the newly committed pairs: features (1, n, F * hidden_size), next_tokens (1, n)."""
         raise NotImplementedError
+
+    def compile_draft(self) -> float:
+        """Compile `draft`, where the drafter can; returns the seconds taken. See `Target.compile`.
+
+        Numbers change by rounding. Twins made before know nothing of it. Raises UserError if it fails.
+        """
+        return 0.0
 
     def draft_together(self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
         """What each twin's `draft` returns for its own pairs, up to rounding, in one run of the module.

@@ -90,6 +90,13 @@ class HybridDrafter(Drafter):
         other.base, other.lookup = self.base.twin(), self.lookup.twin()
         return other
 
+    @property
+    def position_bytes(self) -> int:
+        return self.base.position_bytes
+
+    def compile_draft(self) -> float:
+        return self.base.compile_draft()
+
     def start(self, capacity: int) -> None:
         self.base.start(capacity)
         self.lookup.start(capacity)

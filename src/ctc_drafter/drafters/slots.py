@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -19,6 +20,7 @@ from ..target import LAST, Target
 from ..tree import DraftTree
 from .attention import DraftModule, fit_shape
 from .base import TrainableDrafter
+from .compiled import CompiledDraft
 from .heads import HeadsModule
 
 MAX_LOGITS = 2**27
@@ -97,6 +99,8 @@ class SlotDrafter(TrainableDrafter):
             self.blank = nn.Parameter(torch.zeros(1, width))
         self.keep_tokens(config.vocabulary)
         self._packed: tuple[PackedLinears, ...] = ()
+        self._linears: tuple[nn.Linear, ...] = ()  # of a pass
+        self._compiled: tuple[CompiledDraft, ...] = ()
         self._head: tuple[nn.Linear, ...] = ()  # over the kept tokens, hidden from parameters() and state_dict()
         self._tables: tuple[torch.Tensor, ...] | None = None  # label context: keys of all tokens, of the kept, values
         if context:
@@ -140,13 +144,26 @@ class SlotDrafter(TrainableDrafter):
             if self.target.device.type == "cpu":
                 keys, values = keys.float(), values.float()  # the search on the host knows no bfloat16
             self._tables = (keys, keys[self.kept] if self.config.vocabulary else keys, values)
-        packed = PackedLinears([head, *self.module.prepare()])
+        self._linears = head, *self.module.prepare()
+        packed = PackedLinears(self._linears)
         packed.prepare(self.config.slots)
         self._packed = (packed,)
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """With a row for the blank, whether or not there is one."""
         return rows if self.has_blank else F.pad(rows, (0, 0, 0, 1))
+
+    @torch.inference_mode()
+    def compile_draft(self) -> float:
+        if self._compiled or not isinstance(self.module, DraftModule):
+            return 0.0
+        began = time.perf_counter()
+        try:
+            self._compiled = (CompiledDraft(self, list(self._linears)),)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"Drafter '{self.name}' cannot be compiled here, so leave that out: {reason}") from None
+        return time.perf_counter() - began
 
     def start(self, capacity: int) -> None:
         self.module.start(capacity, self.target.embedding.weight)
@@ -161,8 +178,12 @@ class SlotDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
+        if self._compiled and next_tokens.shape[1] <= 3 * self._compiled[0].pairs:  # more take less time at once
+            for part in zip(*(t.split(self._compiled[0].pairs, 1) for t in (features, next_tokens))):
+                logits = self._compiled[0](self.module, *part)
+            return logits, next_tokens[:, -1:]
         context = self.module.read(features, self.target.embedding(next_tokens))
-        return self._logits(self.module.step(context)), next_tokens[:, -1:]
+        return self.slot_logits(self.module.step(context)), next_tokens[:, -1:]
 
     def draft_together(
         self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -171,10 +192,10 @@ class SlotDrafter(TrainableDrafter):
         counts = [next_tokens.shape[1] for _, next_tokens in pairs]
         self._packed[0].prepare(len(twins) * self.config.slots, after=PATIENCE)
         context = self.module.read(features, self.target.embedding(tokens))
-        logits = self._logits(self.module.together([twin.module for twin in twins], context, counts))
+        logits = self.slot_logits(self.module.together([twin.module for twin in twins], context, counts))
         return [(row, next_tokens[:, -1:]) for row, (_, next_tokens) in zip(logits.split(1), pairs)]
 
-    def _logits(self, slots: torch.Tensor) -> torch.Tensor:
+    def slot_logits(self, slots: torch.Tensor) -> torch.Tensor:
         """(B, N, width) -> (B, N, K + 1)."""
         logits: torch.Tensor = self._head[0](slots)
         return logits if self.has_blank else F.pad(logits, (0, 1), value=-torch.inf)

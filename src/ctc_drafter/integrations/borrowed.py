@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import UserError
-from ..target import Target, target_name
+from ..loading import target_name
+from ..target import Target
 
 
 def borrow_target(
@@ -29,7 +30,7 @@ def borrow_target(
 ) -> Target:
     """A target that cannot run: of its weights only embedding and LM head are there, in `dtype` on `device`.
 
-    Of every other parameter it holds the two values that `drafters.base.probe` reads. path: a folder or a hub name;
+    Of every other parameter it holds the two values that `Target.probe` reads. path: a folder or a hub name;
     where the checkpoint names its parameters as transformers does, nothing else is read. Raises UserError if there is
     no checkpoint in safetensors that transformers can load.
     """

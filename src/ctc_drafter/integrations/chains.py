@@ -1,4 +1,4 @@
-"""Draft chains for the requests of another engine, which tells after each of its passes what it computed."""
+"""Drafts for the requests of another engine, which tells after each of its passes what it computed: trees or chains."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..drafters.slots import SlotDrafter
+from ..target import LAST
+from ..tree import DraftTree
 
 MIN_CAPACITY = 256
 """Positions that a request's context has room for at first; it doubles when they are full."""
@@ -19,7 +21,7 @@ class Pass:
     """What a pass of the target computed for one request, without the positions of rejected drafts.
 
     features: (n, F * hidden_size), those of the positions start .. start + n - 1; next_tokens: (n,), the tokens at
-    start + 1 .. start + n, on the features' device; longest: the longest chain that is of use now, 0 if none is.
+    start + 1 .. start + n, on the features' device; longest: the longest path that is of use now, 0 if none is.
     """
 
     request: str
@@ -39,8 +41,8 @@ class Context:
     capacity: int
 
 
-class ChainDrafter:
-    """Keeps a drafter context for each request and drafts one chain each: the best path of the best tree.
+class TreeDrafter:
+    """Keeps a drafter context for each request and drafts a tree for each.
 
     A pass that starts before the end of what was read (after a preemption) rewinds the context. One that starts behind
     it (its prefix was found in the engine's cache, so that no features of it were computed) begins a new context there:
@@ -48,7 +50,7 @@ class ChainDrafter:
     """
 
     def __init__(self, drafter: SlotDrafter, budget: int, max_context: int) -> None:
-        """budget: nodes of the tree whose best path is drafted; max_context: positions of the longest request."""
+        """budget: nodes of a tree; max_context: positions of the longest request."""
         self.drafter, self.budget, self.max_context = drafter, budget, max_context
         self._contexts: dict[str, Context] = {}
 
@@ -61,11 +63,11 @@ class ChainDrafter:
         for request in [r for r in self._contexts if r not in requests]:
             del self._contexts[request]
 
-    def draft(self, passes: Sequence[Pass]) -> list[list[int]]:
-        """Read what the target computed, all requests in one run of the module; a chain for each, maybe empty."""
-        chains: list[list[int]] = [[] for _ in passes]
+    def trees(self, passes: Sequence[Pass]) -> list[DraftTree | None]:
+        """Read what the target computed, all requests in one run of the module; a tree where one is of use."""
+        trees: list[DraftTree | None] = [None] * len(passes)
         if not passes:
-            return chains
+            return trees
         twins = [self._context_for(p).drafter for p in passes]
         pairs = [(p.features[None], p.next_tokens[None]) for p in passes]
         # Alone, `draft` is the faster way to the same.
@@ -74,10 +76,10 @@ class ChainDrafter:
         )
         wanted = [i for i, p in enumerate(passes) if p.longest > 0]
         if wanted:
-            trees = self.drafter.trees_together([twins[i] for i in wanted], [guesses[i] for i in wanted], self.budget)
-            for i, tree in zip(wanted, trees):
-                chains[i] = tree.best_paths()[0][: passes[i].longest]
-        return chains
+            made = self.drafter.trees_together([twins[i] for i in wanted], [guesses[i] for i in wanted], self.budget)
+            for i, tree in zip(wanted, made):
+                trees[i] = tree
+        return trees
 
     def _context_for(self, new: Pass) -> Context:
         """The context of the request, rewound to where the pass starts and with room for what it brings."""
@@ -95,3 +97,24 @@ class ChainDrafter:
             context.capacity = min(self.max_context, max(MIN_CAPACITY, 1 << (size - 1).bit_length()))
             (context.drafter.start if first else context.drafter.reserve)(context.capacity)
         return context
+
+
+class ChainDrafter(TreeDrafter):
+    """Drafts one chain for each request: the best path of its tree."""
+
+    def draft(self, passes: Sequence[Pass]) -> list[list[int]]:
+        """Read what the target computed; a chain for each request, maybe empty."""
+        trees = self.trees(passes)
+        return [[] if tree is None else tree.best_paths()[0][: p.longest] for tree, p in zip(trees, passes)]
+
+
+def ordered_features(layers: Sequence[int], last: torch.Tensor, inner: Sequence[torch.Tensor] | None) -> torch.Tensor:
+    """(T, F * hidden_size) in the order of the drafter's `layers`.
+
+    last: (T, hidden_size) after the final norm; inner: the same of the other layers, in ascending order, maybe of more
+    rows.
+    """
+    order = sorted({layer for layer in layers if layer != LAST})
+    outputs = {LAST: last, **dict(zip(order, inner or []))}
+    parts = [outputs[layer] for layer in layers]
+    return parts[0] if len(parts) == 1 else torch.cat([part[: len(last)] for part in parts], -1)

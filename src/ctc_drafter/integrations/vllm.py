@@ -24,7 +24,7 @@ from ..drafters.slots import SlotDrafter
 from ..errors import UserError
 from ..target import LAST
 from .borrowed import borrow_target
-from .chains import ChainDrafter, Pass
+from .chains import ChainDrafter, Pass, ordered_features
 
 VERSION = "0.32"
 """The release of vLLM whose model runner this module was written for and tested with."""
@@ -155,7 +155,7 @@ class CTCProposer:
         if self._chains is None:
             return
         self._chains.keep_only(runner.requests)
-        features = self._features(hidden, inner)
+        features = ordered_features(self.layers, hidden, inner)  # vLLM hands out inner layers in ascending order
         batch, row = runner.input_batch, 0
         seen: list[Span] = []
         for index, (request, new) in enumerate(zip(batch.req_ids, sampled)):
@@ -187,13 +187,6 @@ class CTCProposer:
                 chains[place] = chain
         self._passes = []
         return chains
-
-    def _features(self, hidden: torch.Tensor, inner: list[torch.Tensor] | None) -> torch.Tensor:
-        """(T, F * hidden_size) in the drafter's order; vLLM hands out inner layers in ascending order."""
-        order = sorted({layer for layer in self.layers if layer != LAST})
-        outputs = {LAST: hidden, **dict(zip(order, inner or []))}
-        parts = [outputs[layer] for layer in self.layers]
-        return parts[0] if len(parts) == 1 else torch.cat([part[: len(hidden)] for part in parts], -1)
 
 
 # ---------------------------------------------------------------- setting up

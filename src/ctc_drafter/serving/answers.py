@@ -11,9 +11,11 @@ from typing import Any, Literal
 from .. import __version__
 from ..bench.measure import Answer, tau_of
 from ..decoding import Step
+from ..logprobs import LogProb
 from ..target import Target
 from .scheduler import Submission
 from .text import AnswerText, Piece
+from .tokens import TokenTexts
 from .trees import tree_nodes
 
 
@@ -30,6 +32,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     return_token_ids: bool = False
+    log_probs: bool = False
     steps: bool = False
     tree: bool = False
 
@@ -58,10 +61,12 @@ class Choice:
         self.answer = Answer()
         self.text = ""
         self.finish: str | None = None
+        self.log_probs: list[LogProb] = []
 
     def add(self, step: Step) -> list[Piece]:
         """Count a step; returns the text that it made certain."""
         self.answer.add(step)
+        self.log_probs += step.log_probs or []
         pieces = self._text.push(step)
         self.text += "".join(piece.text for piece in pieces)
         self.finish = "stop" if self._text.stopped else step.finish
@@ -101,7 +106,8 @@ class Reply:
             content: dict[str, Any] = {"text": choice.text}
             if chat:
                 content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            content |= {"index": i, "logprobs": None, "finish_reason": choice.finish}
+            told = self._log_probs(choice.log_probs)
+            content |= {"index": i, "logprobs": told, "finish_reason": choice.finish}
             if self.call.return_token_ids:
                 content["token_ids"] = choice.answer.tokens
                 content["prompt_token_ids"] = self._prompt(i)
@@ -146,10 +152,11 @@ class Reply:
     def chunk(self, said: Said) -> dict[str, Any] | None:
         """The chunk of a step, None if it has nothing to tell."""
         chat, text = self.call.kind == "chat", said.text
-        if not (text or said.finish or self.call.steps or self.call.return_token_ids):
+        if not (text or said.finish or self.call.steps or self.call.return_token_ids or self.call.log_probs):
             return None
         content: dict[str, Any] = {"delta": {"content": text} if text else {}} if chat else {"text": text}
         choice = self._choice(said.index, content, said.finish)
+        choice["logprobs"] = self._log_probs(said.step.log_probs or [])
         if self.call.return_token_ids:
             choice["token_ids"] = said.step.tokens
         chunk = self._chunk([choice])
@@ -168,6 +175,12 @@ class Reply:
 
     def _choice(self, index: int, content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": index, **content, "logprobs": None, "finish_reason": finish}
+
+    def _log_probs(self, told: list[LogProb]) -> dict[str, Any] | None:
+        if not self.call.log_probs:
+            return None
+        tokens = TokenTexts(self._target)
+        return tokens.of_chat(told) if self.call.kind == "chat" else tokens.of_text(told)
 
     def _step(self, said: Said) -> dict[str, Any]:
         """What the extension tells of a step; `pieces` join to the text of the chunk."""

@@ -29,6 +29,7 @@ from .requests import jobs_of, read_call
 from .scheduler import Scheduler, Submission
 from .schema import BODIES, openapi
 from .stream import Counting, EventStream
+from .wire import ShortHeads
 
 PAGE = Path(__file__).parent / "page"
 POLICY = (
@@ -132,6 +133,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_api(service))
     app.include_router(_pages(service))
     app.openapi = lambda: openapi(app, service.name)  # type: ignore[method-assign]
+    app.add_middleware(ShortHeads)
     if service.local:
         app.add_middleware(LocalNames)
     app.add_middleware(Counting, metrics=service.metrics, name=_label)

@@ -29,7 +29,12 @@ class LocalNames:
 
 def is_local_name(host: str) -> bool:
     """Whether a Host header names `localhost` or an IP address, with or without a port."""
-    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    if host.startswith("["):
+        name, closed, _ = host[1:].partition("]")
+        if not closed:
+            return False
+    else:
+        name = host.partition(":")[0]
     if name.lower() == "localhost":
         return True
     try:

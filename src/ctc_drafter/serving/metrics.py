@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..bench.measure import tau_of
+from ..decoding import Step
 from .answers import Reply, Said
 from .scheduler import Scheduler
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_LENGTHS = tuple(range(17))
 _PER_TOKEN = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 
 
@@ -33,9 +37,14 @@ class Metrics:
         self.requests = counter("requests", "HTTP requests.", ["path", "status"])
         self._prompt = counter("prompt_tokens", "Tokens of prompts.", kind)
         self._tokens = counter("completion_tokens", "Tokens of answers.", kind)
-        self._steps = counter("steps", "Verification steps; tau is 1 + accepted / steps.", kind)
+        self._steps = counter("steps", "Verification steps.", kind)
         self._drafted = counter("drafted_tokens", "Draft nodes scored.", kind)
         self._accepted = counter("accepted_tokens", "Draft tokens accepted.", kind)
+        self._lengths = Histogram(
+            "ctc_drafter_accepted_length", "Draft tokens accepted by a step.", kind, buckets=_LENGTHS, registry=registry
+        )
+        self._tau = Gauge("ctc_drafter_tau", "Mean tokens of a step since the start.", kind, registry=registry)
+        self._sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self._left = counter("abandoned_requests", "Requests whose client left before the end.", kind)
         self._first = histogram("time_to_first_token", "From a request to its first token.", _SECONDS)
         self._each = histogram("time_per_token", "Mean time per token after the first, by answer.", _PER_TOKEN)
@@ -43,6 +52,16 @@ class Metrics:
         gauge("running", "Generations that run.", lambda: scheduler.stats().running)
         gauge("waiting", "Generations in the queue.", lambda: scheduler.stats().waiting)
         gauge("slots", "Generations that can run at once.", lambda: scheduler.slots)
+
+    def step(self, kind: str, step: Step) -> None:
+        """Count a verification step."""
+        self._steps.labels(kind).inc()
+        self._drafted.labels(kind).inc(step.drafted)
+        self._accepted.labels(kind).inc(step.accepted)
+        self._lengths.labels(kind).observe(step.accepted)
+        sums = self._sums[kind]
+        sums[0], sums[1] = sums[0] + len(step.tokens), sums[1] + 1
+        self._tau.labels(kind).set(tau_of(sums[0], 0, sums[1]) or 0.0)
 
     def text(self) -> bytes:
         """The page."""
@@ -64,9 +83,7 @@ class Clock:
         metrics, kind, step = self._metrics, self._kind, said.step
         metrics._tokens.labels(kind).inc(len(step.tokens))
         if "prefill" not in step.seconds:
-            metrics._steps.labels(kind).inc()
-            metrics._drafted.labels(kind).inc(step.drafted)
-            metrics._accepted.labels(kind).inc(step.accepted)
+            metrics.step(kind, step)
         if said.index not in self._first:
             self._first[said.index] = said.at
             metrics._first.labels(kind).observe(said.at - self._began)

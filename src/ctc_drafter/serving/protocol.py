@@ -14,6 +14,7 @@ from .errors import ApiError
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_LOG_PROBS = 20
 LEAST_TEMPERATURE = 1e-4
 """Below it sampling is greedy up to ties, and logits divided by it would overflow; so it is done greedily."""
 
@@ -131,10 +132,21 @@ class Body(_Strict):
         """The longest answer that the request asks for, in tokens."""
         return self.max_tokens
 
+    @property
+    def log_probs(self) -> int | None:
+        """How many of the most probable tokens to name beside each token; None: no probabilities."""
+        raise NotImplementedError
+
 
 class ChatRequest(Body):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOG_PROBS)] | None = None
+
+    @property
+    def log_probs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def length(self) -> int | None:
@@ -144,6 +156,11 @@ class ChatRequest(Body):
 
 class CompletionRequest(Body):
     prompt: Prompts
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOG_PROBS)] | None = None
+
+    @property
+    def log_probs(self) -> int | None:
+        return self.logprobs
 
 
 # ---------------------------------------------------------------- what is not supported
@@ -157,19 +174,17 @@ _zero: Neutral = lambda value: type(value) in (int, float) and value == 0  # noq
 _empty: Neutral = lambda value: value in ([], {}, "")  # noqa: E731
 _no_tools: Neutral = lambda value: value in ("none", "auto")  # noqa: E731
 _PENALTY = "the loop knows repetition_penalty only"
-_LOGITS = "the decoding loop hands out tokens, not their probabilities"
 _TOOLS = "the server does not parse tool calls"
 
 UNSUPPORTED: dict[str, tuple[Neutral, str]] = {
     "frequency_penalty": (_zero, _PENALTY),
     "presence_penalty": (_zero, _PENALTY),
     "logit_bias": (_empty, "the decoding loop takes no bias"),
-    "logprobs": (_off, _LOGITS),
-    "top_logprobs": (_zero, _LOGITS),
-    "prompt_logprobs": (_off, _LOGITS),
+    "top_logprobs": (_zero, "it belongs to chat completions; here `logprobs` is the number"),
+    "prompt_logprobs": (_off, "the prompt is read, not scored"),
     "echo": (_off, "the prompt is not sent back"),
     "suffix": (_empty, "the model continues texts and does not fill gaps"),
-    "best_of": (lambda value: value == 1 and type(value) is int, _LOGITS),
+    "best_of": (lambda value: value == 1 and type(value) is int, "answers are not ranked"),
     "tools": (_empty, _TOOLS),
     "tool_choice": (_no_tools, _TOOLS),
     "parallel_tool_calls": (lambda value: isinstance(value, bool), _TOOLS),
@@ -251,6 +266,8 @@ def parse_body(kind: type[Body], content: bytes) -> Any:
         if not body.stream:
             raise ApiError(400, "'stream_options' is for streams only; set stream.", param="stream_options")
     if isinstance(body, ChatRequest):
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, "'top_logprobs' needs logprobs; set it to true.", param="top_logprobs")
         for i, each in enumerate(body.messages):
             _check_message(each, f"messages[{i}]")
     return body

@@ -41,6 +41,7 @@ def read_call(body: Body, service: Service) -> Call:
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         return_token_ids=bool(body.return_token_ids),
+        log_probs=body.log_probs is not None,
         steps=extension is not None and (extension.steps or extension.tree),
         tree=extension is not None and extension.tree,
     )
@@ -54,7 +55,9 @@ def jobs_of(call: Call, body: Body, service: Service) -> list[Job]:
     jobs = []
     for ids in call.prompts:
         limit = min(asked, service.target.max_context - len(ids))
-        jobs += [Job(ids, limit, _sampling(body, i), tuple(call.stop), call.drafter) for i in range(call.n)]
+        jobs += [
+            Job(ids, limit, _sampling(body, i), tuple(call.stop), call.drafter, body.log_probs) for i in range(call.n)
+        ]
     return jobs
 
 

@@ -48,6 +48,8 @@ class Job:
     stop: tuple[str, ...]
     drafter: str
     """A key of the scheduler's drafters."""
+    log_probs: int | None = None
+    """How many of the most probable tokens to name beside each chosen one; None: tell no probabilities."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,17 @@ class Submission:
 
     def __init__(self, scheduler: Scheduler, jobs: Sequence[Job], deadline: float) -> None:
         self._scheduler = scheduler
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
+        """Which reads the events."""
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self.deadline = deadline
         """In time.monotonic()."""
         self.runs = [_Run(job, i, self) for i, job in enumerate(jobs)]
         self._open = set(range(len(jobs)))
 
-    def put(self, event: Event | Exception) -> None:
-        """Hand an event to the event loop; called by the thread of the model."""
-        try:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        except RuntimeError:  # the loop is closed, so nobody reads
-            for run in self.runs:
-                run.cancelled = True
+    def take(self, event: Event | Exception) -> None:
+        """Called on the event loop."""
+        self._events.put_nowait(event)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         while self._open:
@@ -122,6 +121,31 @@ class Submission:
         self._scheduler.cancel(chosen)
 
 
+Told = list[tuple[Submission, Event | Exception]]
+
+
+def hand_out(told: Told) -> None:
+    """Give events to those who wait for them; called by the thread of the model.
+
+    Each event loop is woken once: waking it costs a system call, and then the loop competes for the interpreter.
+    """
+
+    def take(mine: Told) -> None:
+        for submission, event in mine:
+            submission.take(event)
+
+    by_loop: dict[asyncio.AbstractEventLoop, Told] = {}
+    for submission, event in told:
+        by_loop.setdefault(submission.loop, []).append((submission, event))
+    for loop, mine in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(take, mine)
+        except RuntimeError:  # the loop is closed, so nobody reads
+            for submission, _ in mine:
+                for run in submission.runs:
+                    run.cancelled = True
+
+
 class Scheduler:
     """Runs jobs on one thread; `submit` and `drain` are called on an event loop, `stats` and `close` from anywhere."""
 
@@ -135,15 +159,29 @@ class Scheduler:
         queue: int,
         timeout: float,
         adaptive: bool = False,
+        context: int | None = None,
+        memory_limit: int | None = None,
+        prefix_cache: int = 0,
     ) -> None:
         """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
 
         timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
-        see `Batch`.
+        see `Batch`, which context, memory_limit and prefix_cache go to.
         """
         self.target, self.budget = target, budget
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
-        self._batch = Batch(target, widest, rows=slots, budget=budget, adaptive=adaptive)
+        self._batch = Batch(
+            target,
+            widest,
+            rows=slots,
+            budget=budget,
+            adaptive=adaptive,
+            context=context,
+            memory_limit=memory_limit,
+            prefix_cache=prefix_cache,
+        )
+        self.context = self._batch.context
+        """The most tokens of a prompt and its answer."""
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
         self._condition = threading.Condition()
@@ -212,8 +250,7 @@ class Scheduler:
                 left = [*self._running, *self._waiting]
                 self._running.clear()
                 self._waiting.clear()
-            for run in left:
-                run.submission.put(Failed())
+            hand_out([(run.submission, Failed()) for run in left])
 
     def _ready(self) -> bool:
         """Drop what is over, fill free slots, and wait until something runs. False when closed."""
@@ -229,7 +266,7 @@ class Scheduler:
             self._waiting.clear()
         for run in left:
             self._leave(run)
-            run.submission.put(Draining())
+        hand_out([(run.submission, Draining()) for run in left])
         return False
 
     def _drop(self) -> None:
@@ -240,18 +277,19 @@ class Scheduler:
             if run in self._waiting:
                 self._waiting.remove(run)
             self._leave(run)
-            run.submission.put(TimedOut())
+            hand_out([(run.submission, TimedOut())])
 
     def _advance(self) -> None:
         """Make one step of all that run. What fails ends its own submission and no other."""
+        told: Told = []
         for run in [run for run in self._running if run.key is None]:
             try:
                 self._begin(run)
             except Exception as error:
-                self._tell(run, Step.failed(error))
+                told.append(self._count(run, Step.failed(error)))
         run_of = {run.key: run for run in self._running}
-        for key, step in self._batch.step():
-            self._tell(run_of[key], step)
+        told += [self._count(run_of[key], step) for key, step in self._batch.step()]
+        hand_out(told)
 
     def _begin(self, run: _Run) -> None:
         job = run.job
@@ -261,16 +299,17 @@ class Scheduler:
             sampling=job.sampling,
             stop=job.stop,
             drafter=self._drafters[job.drafter].twin(),
+            log_probs=job.log_probs,
         )
 
-    def _tell(self, run: _Run, step: Step) -> None:
+    def _count(self, run: _Run, step: Step) -> tuple[Submission, Event | Exception]:
         event: Event | Exception = Event(run.index, step, time.monotonic())
         if step.error is not None:
             log.error("A generation failed", exc_info=step.error)
             event = Failed()
         if step.finish is not None:
             self._leave(run)  # before the event goes out: who has the last step finds the slot free
-        run.submission.put(event)
+        return run.submission, event
 
     def _leave(self, run: _Run) -> None:
         if run.key is not None:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from ..acceptance import Sampling
 from ..errors import UserError
 from .scheduler import Job, Scheduler, TimedOut
+from .wire import Protocol
 
 WARM_UP_TOKENS = 16
 
@@ -85,7 +86,7 @@ async def warm_up(scheduler: Scheduler) -> None:
 def run(app: FastAPI, scheduler: Scheduler, bound: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until a signal; `ready` is called when the server answers."""
     options: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
-    config = uvicorn.Config(app, http="h11", loop="asyncio", lifespan="on", timeout_keep_alive=30, **options)
+    config = uvicorn.Config(app, http=Protocol, loop="asyncio", lifespan="on", timeout_keep_alive=30, **options)
 
     async def main() -> None:
         await warm_up(scheduler)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..errors import UserError
-from ..target import EMBEDDED, _stop_ids, target_name
+from ..loading import target_name
+from ..target import EMBEDDED, _stop_ids
 from .client import Refused, Server, Stopped
 from .data import Prompt
 

@@ -1,0 +1,54 @@
+"""What a model is loaded from, onto which device and in which dtype."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+
+def target_name(path: str | Path) -> str:
+    """The name by which drafters know their target: a folder's own name, or the hub name."""
+    return Path(path).resolve().name if Path(path).exists() else str(path)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises UserError for a device torch does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(1, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # clocks and memory counters read the current device
+    return where
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> Any:
+    """torch dtype for a name; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in names:
+        raise UserError(f"Unknown dtype '{dtype}'; use auto, float32, bfloat16 or float16.")
+    return names[dtype]
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError if `path` does not look like the folder of a Hugging Face model."""
+    config = path / "config.json"
+    try:
+        content = json.loads(config.read_text())
+    except FileNotFoundError:
+        raise UserError(f"Folder '{path}' has no config.json, so it is not a Hugging Face model.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{config}' cannot be read ({error}).") from None
+    if "speculators_config" in content:
+        raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
