@@ -13,13 +13,19 @@ from .ledger import LEDGER
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", metavar="PAGE", help="Write the table of faults to this file if all is survived.")
+    parser.addoption("--ledger", metavar="JSON", help="Go on in this file, so that a run can be made in parts.")
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    page, ledger = config.getoption("--reliability", None), config.getoption("--ledger", None)
+    if exitstatus == pytest.ExitCode.OK and (page or ledger):
+        command = shlex.join(["pytest", *config.invocation_params.args])
+        if ledger:
+            LEDGER.go_on_in(Path(ledger), command)
+        else:
+            LEDGER.commands = [command]
     for row in LEDGER.rows():
         terminalreporter.write_line(row)
-    page = config.getoption("--reliability", None)
     if page and exitstatus == pytest.ExitCode.OK:
-        command = shlex.join(["pytest", *config.invocation_params.args])
-        Path(page).write_text(LEDGER.page(command), encoding="utf-8")
+        Path(page).write_text(LEDGER.page(), encoding="utf-8")
         terminalreporter.write_line(f"Written: {page}")

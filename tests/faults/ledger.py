@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from ctc_drafter.environment import versions
+from ctc_drafter.files import write_text
 
 PAGE = """# Faults tried
 
-Written by `{command}` (`make faults` runs it), which fails if any of this is not survived; do not edit. {versions}.
+Written by `make faults`, which fails if any of this is not survived; do not edit. {versions}. The run:
+
+{commands}
 
 *Refused* is one sentence that says what and where (a `UserError`; exit code 2 of the command line), with no traceback
 and nothing half-written left behind.
@@ -27,9 +32,20 @@ class Ledger:
 
     def __init__(self) -> None:
         self.outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.commands: list[str] = []
 
     def saw(self, fault: str, outcome: str, times: int = 1) -> None:
         self.outcomes[fault][outcome] += times
+
+    def go_on_in(self, path: Path, command: str) -> None:
+        """Add what another part of the run has written to the file, and write it there, together with this part."""
+        if path.exists():
+            part = json.loads(path.read_text(encoding="utf-8"))
+            self.commands = part["commands"]
+            for fault, seen in part["outcomes"].items():
+                self.outcomes[fault].update(seen)
+        self.commands.append(command)
+        write_text(path, json.dumps({"commands": self.commands, "outcomes": self.outcomes}, indent=1))
 
     def rows(self) -> list[str]:
         return [
@@ -37,7 +53,7 @@ class Ledger:
             for fault, seen in sorted(self.outcomes.items())
         ]
 
-    def page(self, command: str) -> str:
+    def page(self) -> str:
         known = {"python": sys.version.split()[0], **versions()}
         for name in ("hypothesis", "atheris"):
             try:
@@ -45,7 +61,8 @@ class Ledger:
             except importlib.metadata.PackageNotFoundError:
                 known[name] = "not installed"
         told = ", ".join(f"{name} {version}" for name, version in known.items())
-        return PAGE.format(command=command, versions=f"{platform.system()}, {told}", rows="\n".join(self.rows()))
+        commands = "\n".join(f"* `{command}`" for command in self.commands)
+        return PAGE.format(commands=commands, versions=f"{platform.system()}, {told}", rows="\n".join(self.rows()))
 
 
 LEDGER = Ledger()

@@ -159,6 +159,30 @@ def test_stop_strings_across_a_steps_border(family: Family) -> None:
     assert tried >= 3
 
 
+@pytest.mark.parametrize("name", ["always_right", "random_tree", "lookup", "eagle, few tokens"])
+def test_stop_strings_in_company(name: str, family: Family) -> None:
+    """Rows of a batch end at stop strings of their own, of one token or two, while the others go on."""
+    rng = random.Random(f"{family.kind} {name}")
+    drafter, make = maker(name, family)
+    batch = Batch(family.target, drafter, rows=8, budget=11, adaptive=False)
+    steps: dict[int, list[Step]] = {}
+    wanted: list[tuple[Case, tuple[list[int], str]]] = []
+    for case in family.cases[:8]:
+        place = rng.randrange(1, len(case.answer))
+        stop = family.target.tokenizer.decode(case.answer[place - 1 : place + 1], skip_special_tokens=True)
+        stops = [s for s in (stop.replace("�", ""), "never in there") if s]
+        end = first_with(family.target, case.answer, stops)
+        text = family.target.tokenizer.decode(case.answer[:end], skip_special_tokens=True)
+        wanted.append((case, (case.answer[:end], "stop" if any(s in text for s in stops) else "length")))
+        steps[batch.add(case.prompt, max_new_tokens=TOKENS, stop=stops, drafter=make(case))] = []
+    while len(batch):
+        for key, step in batch.step():
+            steps[key].append(step)
+    for (case, want), done in zip(wanted, steps.values(), strict=True):
+        check(family, name, case, done, want)
+    assert sum(finish == "stop" for _, (_, finish) in wanted) >= 4
+
+
 def test_a_seed_gives_plain_decodings_sample(family: Family) -> None:
     case = family.cases[4]
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=3)

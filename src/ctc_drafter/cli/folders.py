@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Threads, Trust, command, load_target
+from .options import Loading, command, load_target
 
 
 @command
@@ -21,10 +21,8 @@ def inspect(
         bool, typer.Option("--self-test", help="Load the target and let it score a draft tree.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    *,
+    how: Loading,
 ) -> None:
     """Say what a folder or result file is, and check it. Exit code 1 if a check fails."""
     from json import dumps
@@ -34,10 +32,10 @@ def inspect(
 
     report = inspect_path(
         path,
-        lambda name: load_target(name, dtype, device, threads, trust_remote_code),
+        lambda name: load_target(name, how),
         target=target,
         self_test=self_test,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=how.trust_remote_code,
     )
     if json:
         print(dumps(report, indent=1))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -29,12 +31,18 @@ BUDGET = 8
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130."""
+    """Register a command: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130.
+
+    A parameter that is one of GROUPS stands for all options of that class.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if hint in GROUPS}
 
     @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def guarded(**given: Any) -> None:
+        own = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         try:
-            function(*args, **kwargs)
+            function(**given, **own)
         except UserError as error:
             fail(str(error), 2)
         except KeyboardInterrupt:
@@ -46,7 +54,21 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             place = f"'{error.filename}'" if error.filename else "A file"
             fail(f"{place} could not be read or written ({error.strerror or error}); what was finished is kept.", 2)
 
+    guarded.__signature__ = _spread(inspect.signature(function), hints)  # type: ignore[attr-defined]
     return app.command()(guarded)
+
+
+def _spread(signature: inspect.Signature, hints: dict[str, Any]) -> inspect.Signature:
+    """The signature as Typer is to see it, with the options of each group in its place."""
+    spread: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        options = [(name, parameter.default, hints[name])]
+        if hints[name] in GROUPS:
+            own = get_type_hints(hints[name], include_extras=True)
+            options = [(f.name, f.default, own[f.name]) for f in fields(hints[name])]
+        for option, default, hint in options:
+            spread.append(inspect.Parameter(option, parameter.KEYWORD_ONLY, default=default, annotation=hint))
+    return inspect.Signature(spread)
 
 
 TargetName = Annotated[
@@ -61,19 +83,9 @@ DrafterName = Annotated[
 ]
 Budget = Annotated[int, typer.Option("--budget", min=1, help="Draft nodes scored per step.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total mass.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
-Repetition = Annotated[float, typer.Option("--repetition-penalty", help="1 is off.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's own choice.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer after this text; repeatable.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many prompts (of each file).")]
 Raw = Annotated[bool, typer.Option("--raw", help="Give the text to the model as it is, without a chat template.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Compile = Annotated[
     bool,
     typer.Option("--compile", help="Compile the passes first: some seconds, then faster steps, plain and drafted."),
@@ -91,6 +103,42 @@ Settings = Annotated[
 ]
 
 
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+
+
+@dataclass
+class Loading:
+    """How a command loads the target."""
+
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto"
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's own choice.")
+    ] = None
+    trust_remote_code: Trust = False
+
+
+@dataclass
+class Drawing:
+    """How a command draws tokens."""
+
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this total mass.")] = 1.0
+    min_p: Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")] = 0.0
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1 is off.")] = 1.0
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of sampling.")] = None
+
+    def sampling(self) -> Sampling:
+        """As the loop takes it. Raises UserError for what cannot be."""
+        from ..acceptance import Sampling
+
+        return Sampling(**asdict(self))
+
+
+GROUPS = (Loading, Drawing)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Say why on standard error and exit with `code`."""
     sys.stdout.flush()
@@ -105,14 +153,7 @@ def bytes_of(text: str | None) -> int | None:
     return None if text is None else parse_bytes(text)
 
 
-def load_target(
-    name: str | None,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    trust_remote_code: bool,
-    quantized: str | None = None,
-) -> Target:
+def load_target(name: str | None, how: Loading, quantized: str | None = None) -> Target:
     """The target of the options, quietly."""
     import torch
     from transformers.utils import logging
@@ -122,10 +163,10 @@ def load_target(
     logs: Any = logging
     logs.set_verbosity_error()
     logs.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    more = {"trust_remote_code": trust_remote_code, "quantized": quantized}
-    return Target.load(name, dtype=dtype, device=device, **more)  # type: ignore[arg-type]
+    if how.threads is not None:
+        torch.set_num_threads(how.threads)
+    trust = how.trust_remote_code
+    return Target.load(name, dtype=how.dtype, device=how.device, trust_remote_code=trust, quantized=quantized)
 
 
 def load_drafter(name: str | None, target: Target) -> Any:
@@ -133,10 +174,3 @@ def load_drafter(name: str | None, target: Target) -> Any:
     from ..drafters import load_drafter
 
     return load_drafter(name, target)
-
-
-def sampling_of(*values: Any) -> Sampling:
-    """Temperature, top-k, top-p, min-p, repetition penalty and seed as the loop takes them."""
-    from ..acceptance import Sampling
-
-    return Sampling(*values)

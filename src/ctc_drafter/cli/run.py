@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,29 +15,20 @@ from .options import (
     BUDGET,
     Budget,
     Compile,
-    Device,
     DrafterName,
-    Dtype,
+    Drawing,
     Limit,
+    Loading,
     MaxNewTokens,
     MemoryLimit,
-    MinP,
     Quantize,
     Raw,
-    Repetition,
-    Seed,
     Stop,
     TargetName,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    Trust,
     bytes_of,
     command,
     load_drafter,
     load_target,
-    sampling_of,
 )
 
 Prompts = Annotated[
@@ -60,10 +52,8 @@ def demo(
         bool, typer.Option("--live/--no-live", help="Stream both runs, or print each when finished.")
     ] = True,
     svg: Annotated[Path | None, typer.Option("--svg", help="Save a picture of the last screen.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    *,
+    how: Loading,
 ) -> None:
     """Watch one model answer twice: plain and drafted.
 
@@ -73,7 +63,7 @@ def demo(
     from ..bench.prompts import demo_prompts
     from ..bench.report import report_console
 
-    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    loaded = load_target(target, how)
     console = report_console()
     same = run_demo(
         loaded,
@@ -96,25 +86,18 @@ def generate(
     drafter: DrafterName = None,
     max_new_tokens: MaxNewTokens = 256,
     budget: Budget = BUDGET,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = 1.0,
-    seed: Seed = None,
+    *,
+    drawing: Drawing,
     stop: Stop = None,
     raw: Raw = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
     compile: Compile = False,
     memory_limit: MemoryLimit = None,
     quantize: Quantize = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    how: Loading,
 ) -> None:
     """Stream the answer to one prompt."""
-    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = drawing.sampling()
     text = _read_stdin() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("The prompt is empty; give some text, or - to read it from standard input.")
@@ -125,7 +108,7 @@ def generate(
     from ..words import number
 
     limit = bytes_of(memory_limit)
-    loaded = load_target(target, dtype, device, threads, trust_remote_code, quantize)
+    loaded = load_target(target, how, quantize)
     chosen = load_drafter(drafter, loaded)
     if compile:
         taken = compile_passes(loaded, chosen, budget)
@@ -165,12 +148,8 @@ def bench(
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     limit: Limit = None,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = 1.0,
-    seed: Seed = None,
+    *,
+    drawing: Drawing,
     stop: Stop = None,
     raw: Raw = False,
     skip_too_long: SkipTooLong = False,
@@ -178,10 +157,7 @@ def bench(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
     compile: Compile = False,
     quantize: Quantize = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    how: Loading,
 ) -> None:
     """Measure drafters against plain decoding on prompts.
 
@@ -189,12 +165,13 @@ def bench(
     --drafter and --budget may be repeated: every drafter is measured with every budget, in one run.
     """
     arguments = dict(locals())
-    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    arguments |= asdict(arguments.pop("drawing")) | asdict(arguments.pop("how"))
+    sampling = drawing.sampling()
     from ..bench.command import run_bench
     from ..drafters import DEFAULT
 
     run_bench(
-        lambda: load_target(target, dtype, device, threads, trust_remote_code, quantize),
+        lambda: load_target(target, how, quantize),
         prompts,
         drafters=drafter or [DEFAULT],
         budgets=budget or [BUDGET],

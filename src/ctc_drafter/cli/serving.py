@@ -12,26 +12,17 @@ from ..errors import UserError
 from .options import (
     BUDGET,
     Budget,
-    Device,
     DrafterName,
-    Dtype,
+    Drawing,
+    Loading,
     MaxNewTokens,
     MemoryLimit,
-    MinP,
     Quantize,
-    Repetition,
-    Seed,
     TargetName,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    Trust,
     bytes_of,
     command,
     load_drafter,
     load_target,
-    sampling_of,
 )
 
 EMBEDDED_NAME = "embedded"
@@ -68,10 +59,8 @@ def serve(
         str, typer.Option("--prefix-cache", help="Memory for prompts that others may begin with, e.g. 256MiB; 0: none.")
     ] = "0",
     quantize: Quantize = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    *,
+    how: Loading,
 ) -> None:
     """Serve the target by OpenAI's API, with a page to chat at."""
     key = _key(api_key_env)
@@ -89,7 +78,7 @@ def serve(
 
     bound = bind(host, port)
     limit, prefixes = bytes_of(memory_limit), bytes_of(prefix_cache) or 0
-    loaded = load_target(target, dtype, device, threads, trust_remote_code, quantize)
+    loaded = load_target(target, how, quantize)
     drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
     scheduler = Scheduler(
         loaded,
@@ -138,25 +127,18 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="What to tell the model before all.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     budget: Budget = BUDGET,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: Repetition = 1.0,
-    seed: Seed = None,
+    *,
+    drawing: Drawing,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau after each answer.")] = True,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    trust_remote_code: Trust = False,
+    how: Loading,
 ) -> None:
     """Talk with the target in the terminal.
 
     /reset begins anew, /exit ends, Ctrl-C stops an answer.
     """
-    sampling = sampling_of(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = drawing.sampling()
     from ..serving.chat import Conversation, talk
 
-    loaded = load_target(target, dtype, device, threads, trust_remote_code)
+    loaded = load_target(target, how)
     chosen = load_drafter(drafter, loaded)
     talk(Conversation(loaded, chosen, sampling, budget=budget, max_new_tokens=max_new_tokens, system=system), stats)
