@@ -36,6 +36,7 @@ prove: $(STAMP)
 	$(BIN)/python -m pytest tests/prove tests/test_acceptance.py $(ARGS)
 
 # Fuzzing, damage, kills, full disks; writes what was survived. atheris has no wheels for some versions of Python.
+# In parts, perhaps side by side: pytest tests/faults -k PART --ledger FILE; the last one with --reliability PAGE.
 faults: $(STAMP)
 	@$(PIP) atheris || echo "atheris cannot be installed here; the coverage-guided part is left out"
 	$(BIN)/python -m pytest tests/faults --reliability docs/reliability.md $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     page, ledger = config.getoption("--reliability", None), config.getoption("--ledger", None)
     if exitstatus == pytest.ExitCode.OK and (page or ledger):
-        command = shlex.join(["pytest", *config.invocation_params.args])
+        command = shlex.join(["pytest", *_without_files(config.invocation_params.args)])
         if ledger:
             LEDGER.go_on_in(Path(ledger), command)
         else:
@@ -29,3 +30,9 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if page and exitstatus == pytest.ExitCode.OK:
         Path(page).write_text(LEDGER.page(), encoding="utf-8")
         terminalreporter.write_line(f"Written: {page}")
+
+
+def _without_files(arguments: Iterable[str]) -> list[str]:
+    """The command line without where the outcomes are written."""
+    values = iter(arguments)
+    return [value for value in values if value not in ("--ledger", "--reliability") or not next(values)]

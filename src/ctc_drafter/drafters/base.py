@@ -150,7 +150,7 @@ class TrainableDrafter(Drafter):
         self.config = config
         # A plain list hides the borrowed modules from parameters() and state_dict().
         self._borrowed = [target]
-        self.keep_tokens(0)
+        self.keep_tokens(getattr(config, "vocabulary", 0))
 
     @property
     def target(self) -> Target:

@@ -226,7 +226,6 @@ class EagleDrafter(TrainableDrafter):
         self.module = EagleModule(width, config.intermediate_size, config.heads, config.kv_heads, positions)
         if config.ctc_weight:
             self.blank = nn.Parameter(torch.zeros(1, width))
-        self.keep_tokens(config.vocabulary)
         self._ready: tuple[nn.Linear, ...] = ()  # the LM head, hidden from parameters() and state_dict()
 
     @property

@@ -81,7 +81,6 @@ class HydraDrafter(TrainableDrafter):
         width = target.hidden_size
         # Typed as what it holds; nn.ModuleList itself only knows Module.
         self.heads: Any = nn.ModuleList([HydraHead(k + 1, width, config.layers) for k in range(1, config.steps + 1)])
-        self.keep_tokens(config.vocabulary)
         self._ready: tuple[nn.Linear, ...] = ()  # the LM head, hidden from parameters() and state_dict()
 
     @property

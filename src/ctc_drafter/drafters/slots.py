@@ -97,7 +97,6 @@ class SlotDrafter(TrainableDrafter):
         self.has_blank, self.has_context = blank, context
         if blank:
             self.blank = nn.Parameter(torch.zeros(1, width))
-        self.keep_tokens(config.vocabulary)
         self._packed: tuple[PackedLinears, ...] = ()
         self._linears: tuple[nn.Linear, ...] = ()  # of a pass
         self._compiled: tuple[CompiledDraft, ...] = ()
