@@ -239,7 +239,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="Tokens before the first step.")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--budget", type=int, default=0, help="0: that of the recorded run.")
-    default = Path(__file__).parent / "results" / "ctc-float32-ctc-11.json"
+    default = Path(__file__).parent / "results" / "float32-ctc-16.json"
     parser.add_argument("--accepted", type=Path, default=default, help="Result of `bench` with the rates to replay.")
     parser.add_argument("--compile", action="store_true", help="Compile the passes of the loop; on a GPU, as graphs.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Tokens that are drafted; 0: all.")
