@@ -109,7 +109,7 @@ RESULTS := benchmarks/results
 engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --compiled-budget 7 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 8 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled.json
 	$(BIN)/python benchmarks/products.py --json $(RESULTS)/products.json --overwrite
 	$(BIN)/python benchmarks/budgets.py --prompts $(FILES) --limit 4 --json $(RESULTS)/budgets.json --overwrite
 	$(BIN)/python benchmarks/curves.py --json $(RESULTS)/curves.json --figure docs/step.svg --overwrite
