@@ -64,14 +64,7 @@ def serve(
 ) -> None:
     """Serve the target by OpenAI's API, with a page to chat at."""
     key = _key(api_key_env)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"`serve` needs {error.name}, which is not installed; run: pip install 'ctc-drafter[serve]'"
-        ) from None
+    _need_extra()
     from ..serving.app import Limits, Service, create_app
     from ..serving.scheduler import Scheduler
     from ..serving.server import bind, run
@@ -109,6 +102,18 @@ def serve(
         print(f"Serving {service.name} with drafter {service.drafter}: page {place}/ API {place}/v1", flush=True)
 
     run(create_app(service), scheduler, bound, ready)
+
+
+def _need_extra() -> None:
+    """Raise UserError if a package of the extra `serve` is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"`serve` needs {error.name}, which is not installed; run: pip install 'ctc-drafter[serve]'"
+        ) from None
 
 
 def _key(variable: str | None) -> str | None:
