@@ -2,8 +2,8 @@
 
     python benchmarks/budgets.py --prompts data/eval/*.jsonl --limit 4 --json benchmarks/results/budgets.json
 
-Measured: the median time of a step with each budget, and steps drafted with the largest one, of which the probability
-of every node and the nodes that were accepted are kept. Replayed: the tokens that the best m nodes of each recorded
+Measured: the median time that scoring, acceptance and commit take with each budget, and steps drafted with the largest
+one, of which the time of drafting, the probability of every node and the nodes that were accepted are kept. Replayed: the tokens that the best m nodes of each recorded
 tree would have brought, with m constant, or with m chosen for each step so that (1 + expected tokens) / time is
 largest, the expected tokens being the sum of the nodes' probabilities. What the text would then have been drafted from
 is not replayed: the steps stay those of the largest budget.
@@ -26,8 +26,8 @@ from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import DEFAULT, Drafter, load_drafter
 from ctc_drafter.target import Target
 
-Recorded = tuple[list[float], list[int]]
-"""Probabilities of a tree's nodes, falling, and the places of the accepted ones among them."""
+Recorded = tuple[list[float], list[int], float]
+"""Probabilities of a tree's nodes, falling, the places of the accepted ones among them, and the seconds of drafting."""
 
 
 def steps_of(target: Target, drafter: Drafter, prompts: list[list[int]], budget: int, limit: int) -> list[Step]:
@@ -55,22 +55,27 @@ def recorded(step: Step) -> Recorded:
         if at == len(probs):  # padding that came true by chance
             break
         accepted.append(place[at])
-    return [probs[i] for i in order], accepted
+    return [probs[i] for i in order], accepted, drafting(step)
+
+
+def drafting(step: Step) -> float:
+    """Seconds that the step took before the target's pass, whatever the budget."""
+    return step.seconds["draft"] + step.seconds["tree"]
 
 
 def replay(steps: list[Recorded], seconds: dict[int, float]) -> dict[str, Any]:
     """Tokens per second with each constant budget, and with one chosen for each step."""
 
     def rate(budgets: list[int]) -> float:
-        tokens = sum(1 + sum(i < m for i in accepted) for m, (_, accepted) in zip(budgets, steps))
-        return tokens / sum(seconds[m] for m in budgets)
+        tokens = sum(1 + sum(i < m for i in accepted) for m, (_, accepted, _) in zip(budgets, steps))
+        return tokens / sum(seconds[m] + own for m, (_, _, own) in zip(budgets, steps))
 
     constant = {m: rate([m] * len(steps)) for m in seconds}
     chosen, best = [max(constant, key=lambda m: constant[m])] * len(steps), 0.0
     # The choice that makes tokens / seconds largest is that of the largest tokens - rate * seconds (Dinkelbach 1967).
     for _ in range(20):
         best = rate(chosen)
-        chosen = [max(seconds, key=lambda m: 1 + sum(probs[:m]) - best * seconds[m]) for probs, _ in steps]
+        chosen = [max(seconds, key=lambda m: 1 + sum(probs[:m]) - best * seconds[m]) for probs, _, _ in steps]
     counts = {m: chosen.count(m) for m in seconds}
     return {"constant": constant, "chosen": rate(chosen), "steps_with_budget": counts}
 
@@ -95,7 +100,9 @@ def main() -> None:
         drafter = load_drafter(name, target)
         steps_of(target, drafter, prompts[:1], max(options.budgets), 24)  # warms up
         runs = {m: steps_of(target, drafter, prompts, m, options.max_new_tokens) for m in options.budgets}
-        seconds = {m: statistics.median(sum(s.seconds.values()) for s in steps) for m, steps in runs.items()}
+        seconds = {
+            m: statistics.median(sum(s.seconds.values()) - drafting(s) for s in steps) for m, steps in runs.items()
+        }
         steps = [recorded(step) for step in runs[max(options.budgets)]]
         row = {"drafter": name, "steps": len(steps), "seconds": seconds, **replay(steps, seconds)}
         rows.append(row)
