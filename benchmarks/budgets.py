@@ -3,10 +3,10 @@
     python benchmarks/budgets.py --prompts data/eval/*.jsonl --limit 4 --json benchmarks/results/budgets.json
 
 Measured: the median time that scoring, acceptance and commit take with each budget, and steps drafted with the largest
-one, of which the time of drafting, the probability of every node and the nodes that were accepted are kept. Replayed: the tokens that the best m nodes of each recorded
-tree would have brought, with m constant, or with m chosen for each step so that (1 + expected tokens) / time is
-largest, the expected tokens being the sum of the nodes' probabilities. What the text would then have been drafted from
-is not replayed: the steps stay those of the largest budget.
+one, of which the time of drafting, the probability of every node and the nodes that were accepted are kept. Replayed:
+the tokens that the best m nodes of each recorded tree would have brought, with m constant, or with m chosen for each
+step so that (1 + expected tokens) / time is largest, the expected tokens being the sum of the nodes' probabilities.
+What the text would then have been drafted from is not replayed: the steps stay those of the largest budget.
 """
 
 from __future__ import annotations
