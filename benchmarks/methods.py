@@ -1,24 +1,29 @@
-"""Train every method on one target, with the same data, steps and anchors, and measure them in one interleaved run.
+"""Train every method on one target, with the same data and steps, and measure them in one interleaved run.
 
     python benchmarks/methods.py table --target T --data distilled.jsonl --eval data/eval --work runs/methods \\
         --json OUT.json
     python benchmarks/methods.py ablation ...
+    python benchmarks/methods.py ideas ...
 
 `table` is Table 1 of the paper: lookup, medusa, hydra, eagle, the paper's drafter and ours, each at its own size.
 `ablation` is {heads, attention} x {cross-entropy, merge, label context, label context with the prefix objective} x
-{every slot a token, collapsed paths, exact prefix tree}, where the combination exists. A killed run resumes where it
-stopped: a finished drafter is kept, a half-trained one is trained on. Each step of a method takes the target's features
-of the same sequences at the same number of anchors. Results: OUT-<method>-<budget>.json;
-`ctc-drafter report OUT-*.json` makes the page. With several seeds each method is trained once for each.
+{every slot a token, collapsed paths, exact prefix tree}, where the combination exists. `ideas` is our drafter with one
+thing changed in each row, and Medusa and EAGLE beside it. A killed run resumes where it stopped: a finished drafter is
+kept, a half-trained one is trained on. Each step of a method takes the target's features of the same sequences, at the
+same number of anchors unless that is the idea. Results: OUT-<method>-<budget>.json; `ctc-drafter report OUT-*.json`
+makes the page. With several seeds each method is trained once for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +35,60 @@ FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
 LAYERS = [2, 4, -1]
 CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 7, "labels": 6}
 
-TABLE: dict[str, tuple[str, dict[str, Any]]] = {
-    "medusa": ("medusa", {}),
-    "hydra": ("hydra", {}),
-    "eagle": ("eagle", {}),
-    "paper": ("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
-    "parallel": ("parallel", {"feature_layers": LAYERS, "label_context": True}),
-    "ctc": ("ctc", {**CONTEXT, "feature_layers": LAYERS}),
-}
-"""Kind and own config of each method of Table 1."""
 
-LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ce": ("parallel", {"slots": 5, "labels": 5}),
-    "merge": ("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 5}),
-    "context": ("ctc", {**CONTEXT, "objective": "label", "slots": 8, "labels": 5}),
-    "prefix": ("ctc", {**CONTEXT, "slots": 8, "labels": 5}),
+@dataclass(frozen=True)
+class Method:
+    """A drafter to train: its kind, its own config, and what else of the recipe differs."""
+
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+TABLE: dict[str, Method] = {
+    "medusa": Method("medusa"),
+    "hydra": Method("hydra"),
+    "eagle": Method("eagle"),
+    "paper": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
+    "parallel": Method("parallel", {"feature_layers": LAYERS, "label_context": True}),
+    "ctc": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
 }
+"""Table 1."""
+
+LOSSES: dict[str, Method] = {
+    "ce": Method("parallel", {"slots": 5, "labels": 5}),
+    "merge": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 5}),
+    "context": Method("ctc", {**CONTEXT, "objective": "label", "slots": 8, "labels": 5}),
+    "prefix": Method("ctc", {**CONTEXT, "slots": 8, "labels": 5}),
+}
+OURS = TABLE["ctc"].config
+IDEAS: dict[str, Method] = {
+    "medusa": TABLE["medusa"],
+    "eagle": TABLE["eagle"],
+    "ours": TABLE["ctc"],
+    "last-layer-only": Method("ctc", {**OURS, "feature_layers": [-1]}),
+    "two-layers": Method("ctc", {**OURS, "layers": 2}),
+    "no-context": Method("ctc", {**OURS, "topology": "merge"}),
+    "whole-label": Method("ctc", {**OURS, "objective": "label"}),
+    "six-slots": Method("ctc", {**OURS, "slots": 6}),
+    "nine-slots": Method("ctc", {**OURS, "slots": 9}),
+    "decay-1": Method("ctc", {**OURS, "decay": 1.0}),
+    "rank-32": Method("ctc", {**OURS, "context_rank": 32}),
+    "anchors-24": Method("ctc", OURS, {"anchors": 24}),
+    "anchors-128": Method("ctc", OURS, {"anchors": 128}),
+}
+"""Our drafter, and what one change to it does."""
 SEARCHES = ("slots", "paths", "prefix")
 
 
-def trained(kind: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name -> kind and config of the drafters to train."""
-    if kind == "table":
-        return TABLE
+def methods(kind: str) -> dict[str, Method]:
+    """Name -> what to train."""
+    if kind != "ablation":
+        return TABLE if kind == "table" else IDEAS
     return {
-        f"{module}-{loss}": (drafter, {"module": module, **config})
+        f"{module}-{loss}": replace(method, config={"module": module, **method.config})
         for module in ("heads", "attention")
-        for loss, (drafter, config) in LOSSES.items()
+        for loss, method in LOSSES.items()
     }
 
 
@@ -79,36 +111,38 @@ def searched(folder: Path, kind: str, ablation: bool) -> list[Path]:
     return folders
 
 
-def command(*arguments: object) -> None:
+def command(*arguments: object, threads: int | None = None) -> None:
     """Run a command of the package in a process of its own; its failure ends this script too."""
     line = [sys.executable, "-m", "ctc_drafter", *map(str, arguments)]
     print("+", "ctc-drafter", *map(str, arguments), flush=True)
-    code = subprocess.run(line).returncode
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    code = subprocess.run(line, env={**os.environ, **own}).returncode
     if code:
         sys.exit(code)
 
 
-def train(name: str, kind: str, config: dict[str, Any], seed: int, options: argparse.Namespace) -> Path:
+def train(name: str, method: Method, seed: int, options: argparse.Namespace) -> Path:
     """Train one drafter, unless that is done; returns its folder."""
     output: Path = options.work / (name if len(options.seeds) == 1 else f"{name}-seed{seed}")
     if not (output / "run.yaml").is_file():
-        own = {**config, "vocabulary": options.vocabulary} if options.vocabulary else config
+        own = {**method.config, "vocabulary": options.vocabulary} if options.vocabulary else method.config
         recipe = {
             "target": options.target,
             "data": [options.data],
             "output": str(output),
-            "kind": kind,
+            "kind": method.kind,
             "drafter": own,
             "steps": options.steps,
             "decay": options.steps * 2 // 5,
             "dtype": options.dtype,
             "seed": seed,
             "features": options.features,
+            **method.recipe,
         }
         path = output.with_suffix(".yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        command("train", "--config", path)
+        command("train", "--config", path, threads=(os.cpu_count() or 1) // options.jobs if options.jobs > 1 else None)
     return output
 
 
@@ -132,10 +166,12 @@ def main() -> None:
     ablation = options.kind == "ablation"
     if options.features:
         cache_features(options)
-    folders: list[Path] = []
-    for seed in options.seeds:
-        for name, (kind, config) in trained(options.kind).items():
-            folders += searched(train(name, kind, config, seed, options), kind, ablation)
+    runs = [(name, method, seed) for seed in options.seeds for name, method in methods(options.kind).items()]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        trained = list(pool.map(lambda run: train(*run, options), runs))
+    folders = [
+        part for (_, method, _), folder in zip(runs, trained) for part in searched(folder, method.kind, ablation)
+    ]
     if options.train_only:
         print(f"trained  {options.work}; the same command without --train-only measures", flush=True)
         return
@@ -152,7 +188,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("table", "ablation"))
+    parser.add_argument("kind", choices=("table", "ablation", "ideas"))
     parser.add_argument("--target", required=True)
     parser.add_argument("--data", required=True, help="Distilled answers of that target.")
     parser.add_argument("--eval", type=Path, required=True, help=f"Folder with {', '.join(FILES)}.")
@@ -160,6 +196,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--features", help="Keep the target's features here: it runs over the data once.")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=1, help="Trainings at once; each has its share of the cores.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")

@@ -28,8 +28,8 @@ from ctc_drafter import decoding
 from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, compile_passes
-from ctc_drafter.loading import resolve_device, resolve_dtype
 from ctc_drafter.target import LAST, Target
+from ctc_drafter.target.loading import resolve_device, resolve_dtype
 from ctc_drafter.tree import DraftTree
 
 # kind of model, hidden size, inner size, layers, heads, key/value heads, vocabulary

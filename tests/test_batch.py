@@ -352,7 +352,7 @@ def test_one_row_runs_on_slices(endless: Target, monkeypatch: pytest.MonkeyPatch
 
     for name in ("write", "starts", "_keep_in_each"):
         monkeypatch.setattr(SlotCache, name, forbidden)
-    monkeypatch.setattr("ctc_drafter.target.ragged_mask", forbidden)
+    monkeypatch.setattr("ctc_drafter.target.model.ragged_mask", forbidden)
     [(key, _)] = batch.step()
     assert key == second
     list(generate(endless, load_drafter("lookup", endless), prompts[1], max_new_tokens=TOKENS))

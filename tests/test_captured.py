@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ctc_drafter.captured import MAX_GRAPHS, Replayed
-from ctc_drafter.compiled import Pass
 from ctc_drafter.target import Target
+from ctc_drafter.target.captured import MAX_GRAPHS, Replayed
+from ctc_drafter.target.compiled import Pass
 from ctc_drafter.tree import DraftTree
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ctc_drafter.masks import ragged_mask, row_mask, slot_mask
+from ctc_drafter.target.masks import ragged_mask, row_mask, slot_mask
 from ctc_drafter.tree import DraftTree
 
 TREE = DraftTree.from_paths([[[5, 6, 7], [5, 8], [9]]], budget=6)

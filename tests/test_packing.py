@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctc_drafter import packing
-from ctc_drafter.packing import PackedLinears
+from ctc_drafter.target import packing
+from ctc_drafter.target.packing import PackedLinears
 
 
 @pytest.mark.parametrize("bias", [False, True])

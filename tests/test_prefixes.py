@@ -11,8 +11,8 @@ from ctc_drafter.acceptance import Sampling
 from ctc_drafter.batch import Batch
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
-from ctc_drafter.prefixes import Prefixes
 from ctc_drafter.target import Target
+from ctc_drafter.target.prefixes import Prefixes
 from helpers import MIXED, save_model
 
 SHARED = list(range(40, 80))

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from conftest import build_target
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
-from ctc_drafter.selftest import self_test
 from ctc_drafter.target import LAST, Target
+from ctc_drafter.target.selftest import self_test
 from ctc_drafter.tree import DraftTree
 from helpers import CAPABLE, CONTEXT, INCAPABLE, Scripted, chain, equal_siblings, plain, random_tree, run, save_model
 

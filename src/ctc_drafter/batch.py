@@ -13,8 +13,8 @@ from .drafters import Drafter, NoDrafter
 from .errors import UserError
 from .memory import row_context
 from .pace import Pace
-from .prefixes import Prefixes
 from .target import Target
+from .target.prefixes import Prefixes
 
 
 class Batch:

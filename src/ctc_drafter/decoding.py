@@ -17,8 +17,8 @@ from .cache import SlotCache
 from .errors import UserError
 from .logprobs import LogProb, log_probs_of
 from .memory import check_fits, spare
-from .prefixes import Prefixes
 from .target import Target
+from .target.prefixes import Prefixes
 from .tree import DraftTree
 
 if TYPE_CHECKING:

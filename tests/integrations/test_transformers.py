@@ -22,8 +22,8 @@ from conftest import build_drafter
 from ctc_drafter import UserError
 from ctc_drafter.integrations.generation_config import check_model_inputs
 from ctc_drafter.integrations.transformers import CustomGenerate, custom_generate
-from ctc_drafter.selftest import self_test
 from ctc_drafter.target import Target
+from ctc_drafter.target.selftest import self_test
 from helpers import CAPABLE, save_model
 
 PROMPT = torch.tensor([[5, 40, 41, 42, 43, 44, 9, 40, 41, 42]])
@@ -138,7 +138,7 @@ def test_tokens_are_streamed(model: Any, fast: Any, target: Target) -> None:
 
 def test_a_model_is_tested_once(model: Any, drafter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests: list[Target] = []
-    monkeypatch.setattr("ctc_drafter.target.self_test", lambda target: (tests.append(target), self_test(target)))
+    monkeypatch.setattr("ctc_drafter.target.model.self_test", lambda target: (tests.append(target), self_test(target)))
     fast = custom_generate(drafter_folder)
     for _ in range(3):
         model.generate(PROMPT, do_sample=False, max_new_tokens=4, custom_generate=fast)

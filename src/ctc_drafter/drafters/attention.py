@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..packing import linear_of
+from ..target.packing import linear_of
 from .norm import fold_norm, unit_norm
 
 

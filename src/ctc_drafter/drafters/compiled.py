@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import packing
-from ..captured import Replayed, Run
-from ..compiled import STEP
-from ..packing import JointLinears
-from ..programs import key_of, program
+from ..target import packing
+from ..target.captured import Replayed, Run
+from ..target.compiled import STEP
+from ..target.packing import JointLinears
+from ..target.programs import key_of, program
 from . import attention, norm
 from .attention import DraftModule
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..lattice.loss import ctc_loss
-from ..packing import PackedLinears, linear_of
 from ..target import LAST, Target
+from ..target.packing import PackedLinears, linear_of
 from ..tree import DraftTree
 from .attention import DraftLayer, fit_shape, rope_table, rotate
 from .base import IGNORE, TrainableDrafter, register

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..lattice.loss import prefix_objective
-from ..packing import PackedLinears, linear_of
 from ..target import LAST, Target
+from ..target.packing import PackedLinears, linear_of
 from ..tree import DraftTree
 from .base import TrainableDrafter, register
 from .rollout import grow

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..lattice.pool import LabelContext
 from ..lattice.prefix import best_tree
-from ..packing import PATIENCE, PackedLinears, linear_of
 from ..target import LAST, Target
+from ..target.packing import PATIENCE, PackedLinears, linear_of
 from ..tree import DraftTree
 from .attention import DraftModule, fit_shape
 from .base import TrainableDrafter

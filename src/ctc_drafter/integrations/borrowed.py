@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import UserError
-from ..loading import target_name
 from ..target import Target
+from ..target.loading import target_name
 
 
 def borrow_target(

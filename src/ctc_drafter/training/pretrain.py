@@ -25,7 +25,7 @@ from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_folder
 from ..jsonl import read_jsonl
-from ..loading import resolve_device
+from ..target.loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
 from .data import Exclusion, chat_ids, copies, example_key, messages_of, row_text, text_key
 from .optim import (

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ..errors import UserError
-from ..loading import target_name
-from ..target import EMBEDDED, _stop_ids
+from ..target import EMBEDDED, stop_ids
+from ..target.loading import target_name
 from .client import Refused, Server, Stopped
 from .data import Prompt
 
@@ -82,7 +82,7 @@ class RemoteTarget:
             generation = None
         text = whole.get_text_config()
         self.vocab_size = max(text.vocab_size, len(self.tokenizer))
-        self.stop_ids = _stop_ids(SimpleNamespace(config=whole, generation_config=generation), self.tokenizer)
+        self.stop_ids = stop_ids(SimpleNamespace(config=whole, generation_config=generation), self.tokenizer)
         self.server = Server(config.api_base or "", _key(config.api_key_env), config.request_timeout)
         self.model, served_context = self._choose_model(target_name(path))
         self.max_context = min(getattr(text, "max_position_embeddings", None) or 2**20, served_context or 2**20)

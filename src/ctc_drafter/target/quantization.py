@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 KINDS = ("int8",)
 

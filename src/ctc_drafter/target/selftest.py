@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
+from ..tree import DraftTree
 from .masks import layer_kinds
-from .tree import DraftTree
 
 if TYPE_CHECKING:
-    from .target import Target
+    from .model import Target
 
 
 @torch.inference_mode()

@@ -13,23 +13,23 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..cache import SlotCache
+from ..chat import render_chat
+from ..errors import UserError
+from ..tree import DraftTree
 from .attention import NAME as GROUPED_ATTENTION
-from .cache import SlotCache
-from .chat import render_chat
 from .compiled import CompiledPass, compiled_pass
-from .errors import UserError
 from .loading import check_folder, resolve_device, resolve_dtype, target_name
 from .masks import ragged_mask, row_mask, windows
 from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .prefixes import Prefix
 from .quantization import quantize
 from .selftest import self_test
-from .tree import DraftTree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parents[1] / "embedded"
 CHUNK = 512
 """Tokens of a prompt that are read in one pass."""
 LAST = -1  # feature layer: the decoder's output after the final norm, which the LM head reads
@@ -56,7 +56,7 @@ class Target:
         if rope.get("rope_type") == "longrope":
             # Long factors are chosen by the farthest position of a pass, so a tree would switch to them too early.
             self.max_context = min(self.max_context, rope.get("original_max_position_embeddings", self.max_context))
-        self.stop_ids = _stop_ids(self.model, tokenizer)
+        self.stop_ids = stop_ids(self.model, tokenizer)
         self._windows = windows(config)
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
@@ -336,7 +336,7 @@ class Target:
         return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     ids: set[int] = set()
     sources = [getattr(tokenizer, "eos_token_id", None), model.config.get_text_config().eos_token_id]
     if getattr(model, "generation_config", None) is not None:

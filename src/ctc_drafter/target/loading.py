@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def target_name(path: str | Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import SlotCache
+from ..cache import SlotCache
 
 WORTH = 16
 """A prompt is kept if it has so many tokens that no kept one begins with."""

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..cache import SlotCache
+from ..errors import UserError
+from ..tree import DraftTree
 from . import attention, masks, packing
-from .cache import SlotCache
 from .captured import Replayed, Run
-from .errors import UserError
 from .masks import slot_mask
 from .programs import key_of, program
-from .tree import DraftTree
 
 if TYPE_CHECKING:
-    from .target import Target
+    from .model import Target
 
 STEP = 64
 """A pass sees the cache in steps of so many slots, so that its views are seldom cut anew; the rest is masked."""
