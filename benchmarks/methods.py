@@ -11,7 +11,7 @@
 thing changed in each row, and Medusa and EAGLE beside it. A killed run resumes where it stopped: a finished drafter is
 kept, a half-trained one is trained on. Each step of a method takes the target's features of the same sequences, at the
 same number of anchors unless that is the idea. Results: OUT-<method>-<budget>.json; `ctc-drafter report OUT-*.json`
-makes the page. With several seeds each method is trained once for each.
+makes the page. With several seeds each method is trained once for each; OUT.json holds the means and spreads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ from typing import Any
 
 import yaml
 
+from common import about
+from ctc_drafter.bench.results import write_json
 from ctc_drafter.drafters import CTCConfig
 
 FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
@@ -184,6 +188,29 @@ def main() -> None:
         *(part for budget in options.budgets for part in ("--budget", budget)),
         *(["--overwrite"] if options.overwrite else []),
     )
+    summary(options)
+
+
+def summary(options: argparse.Namespace) -> None:
+    """Write OUT.json: mean and spread over the seeds of each method, search and budget; and print them."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for path in sorted(options.json.parent.glob(f"{options.json.stem}-*.json")):
+        content = json.loads(path.read_text())
+        name = re.sub(r"-seed\d+", "", content["drafter"]["name"])
+        groups.setdefault((name, content["drafter"]["budget"]), []).append(content["totals"])
+    rows = []
+    for (name, budget), totals in sorted(groups.items()):
+        row: dict[str, Any] = {"method": name, "budget": budget, "runs": len(totals)}
+        row |= {key: [each[key] for each in totals] for key in ("answers", "identical", "tau", "speedup")}
+        row |= {f"mean_{key}": statistics.fmean(row[key]) for key in ("tau", "speedup")}
+        row["spread_tau"] = max(row["tau"]) - min(row["tau"])
+        rows.append(row)
+        print(
+            f"{name:<28} {budget:>3}  tau {row['mean_tau']:.3f} (spread {row['spread_tau']:.3f})"
+            f"  speedup {row['mean_speedup']:.2f}  identical {sum(row['identical'])}/{sum(row['answers'])}"
+        )
+    write_json(options.json, {**about(), "steps": options.steps, "seeds": options.seeds, "rows": rows})
+    print(f"Result: {options.json}")
 
 
 def _arguments() -> argparse.Namespace:
