@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch.nn import functional as F
 
 from ..lattice.collapse import collapsed_tree
 from ..lattice.loss import (
@@ -30,9 +29,7 @@ class CTCConfig(SlotConfig):
     slots: int = 8
     labels: int = 6
     topology: Literal["merge", "label-context"] = "label-context"
-    objective: Literal["prefix", "label", "expected", "reached"] = "prefix"
-    soft: float = 0.0
-    """Share of the target's own distribution in the loss; the rest is its argmax."""
+    objective: Literal["prefix", "label"] = "prefix"
     tree: Literal["prefix", "paths", "slots"] = "prefix"
     """Best exact prefixes; or the paper's: most probable slot paths, collapsed; or every slot a token, no collapse."""
     path_count: int = 64
@@ -87,25 +84,8 @@ class CTCDrafter(SlotDrafter):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         slots, roots = self.slots_at(features, token_ids, anchors)
         labels, rows, lengths = self.label_rows(labels)
-        teacher = self._teacher(features, anchors, labels.shape[1])
-        prefix, label_loss, lattice_loss = self.in_pieces(self._scores, slots, roots, labels, rows, lengths, *teacher)
-        loss = label_loss
-        if self.config.objective == "prefix":
-            loss = prefix_objective(prefix, self.config.decay, lengths)
-        elif self.config.objective != "label":
-            counted = torch.arange(prefix.shape[1]) < lengths[:, None]
-            reached = prefix.masked_fill(~counted, 0.0)
-            if self.config.objective == "expected":
-                loss = -(reached.exp() * counted).sum(-1)
-            else:
-                before = F.pad(reached[:, :-1], (1, 0))
-                weight = before.detach().exp().clamp_min(0.05) * counted
-                loss = -(weight * (reached - before)).sum(-1) / weight.sum(-1).clamp_min(1e-6)
-        if self.config.soft:
-            steps = torch.arange(lattice_loss.shape[1]) < lengths[:, None]
-            weight = steps * self.config.decay ** torch.arange(lattice_loss.shape[1])
-            blurred = (weight * lattice_loss).sum(-1) / weight.sum(-1).clamp_min(1e-6)
-            loss = (1 - self.config.soft) * loss + self.config.soft * blurred
+        prefix, label_loss = self.in_pieces(self._scores, slots, roots, labels, rows, lengths)
+        loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
         usable, metrics = expected_acceptance(prefix, lengths)
         return (loss * usable).sum() / usable.sum().clamp_min(1), metrics
 
@@ -116,9 +96,7 @@ class CTCDrafter(SlotDrafter):
         labels: torch.Tensor,
         rows: torch.Tensor,
         lengths: torch.Tensor,
-        likely: torch.Tensor,
-        shares: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log probabilities of all label prefixes (A, L), and the whole-label CTC loss per label token (A,).
 
         logits (A, N, K + 1); roots (A,) and labels (A, L) are token ids, rows (A, L) the labels among the kept tokens.
@@ -128,55 +106,13 @@ class CTCDrafter(SlotDrafter):
             emit, blank = label_log_probs(log_probs, rows)
             prefix, _ = merge_prefix_log_probs(emit, blank, rows)
             loss = ctc_loss(log_probs, rows, lengths) if self.config.objective == "label" else prefix[:, 0]
-            return prefix, loss / lengths.clamp_min(1), prefix
+            return prefix, loss / lengths.clamp_min(1)
         said = torch.cat([roots[:, None], labels], 1)
-        context = (self._context_keys(said) @ self._context_value().T).float()
+        context = (self._context_key(said) @ self._context_value().T).float()
         normalizers = context_log_normalizers(logits, context)
         index = rows[:, None].expand(-1, logits.shape[1], -1)
         emit = logits.gather(2, index) - normalizers[:, :, :-1]
         emit = emit + context[:, :-1].gather(2, rows[..., None]).transpose(1, 2)
         blank = logits[:, :, -1:] + context[:, None, :, -1] - normalizers
         prefix, whole = context_prefix_log_probs(emit, blank, lengths)
-        blurred = prefix
-        if self.config.soft:
-            blurred = self._blurred(logits, context, normalizers, emit, blank, prefix, likely, shares)
-        return prefix, -whole / lengths.clamp_min(1), blurred
-
-    @torch.no_grad()
-    def _teacher(self, features: torch.Tensor, anchors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's 8 likeliest kept tokens for each label, and their shares: (A, L, 8) each."""
-        if not self.config.soft:
-            empty = features.new_zeros(anchors.numel(), 0)
-            return empty, empty
-        width = self.target.hidden_size
-        at = (anchors[:, :, None] + 1 + torch.arange(count)).clamp_max(features.shape[1] - 1)
-        last = features[..., -width:].gather(1, at.flatten(1)[..., None].expand(-1, -1, width))
-        top = F.linear(last, self.kept_head()).float().softmax(-1).topk(8, -1)
-        shape = (anchors.numel(), count, 8)
-        return top.indices.view(shape), (top.values / top.values.sum(-1, keepdim=True)).view(shape)
-
-    def _blurred(
-        self,
-        logits: torch.Tensor,
-        context: torch.Tensor,
-        normalizers: torch.Tensor,
-        emit: torch.Tensor,
-        blank: torch.Tensor,
-        prefix: torch.Tensor,
-        likely: torch.Tensor,
-        shares: torch.Tensor,
-    ) -> torch.Tensor:
-        """Cross-entropy of each next label against the target's distribution: (A, L)."""
-        state = emit.new_full((len(emit), emit.shape[2] + 1), -1e30)
-        state[:, 0] = 0.0
-        states = []
-        for i in range(emit.shape[1]):
-            states.append(state[:, :-1])
-            entry, stay = state[:, :-1] + emit[:, i], state + blank[:, i]
-            state = torch.cat([stay[:, :1], torch.logaddexp(stay[:, 1:], entry)], 1)
-        arrived = torch.stack(states, 1) - normalizers[:, :, :-1]
-        a, n, count = arrived.shape
-        said = logits.gather(2, likely.flatten(1)[:, None].expand(-1, n, -1)).view(a, n, count, -1)
-        said = said + context[:, :-1].gather(2, likely)[:, None] + arrived[..., None]
-        before = F.pad(prefix[:, :-1], (1, 0)).clamp_min(-1e30)
-        return -(shares * (said.logsumexp(1) - before[..., None])).sum(-1)
+        return prefix, -whole / lengths.clamp_min(1)

@@ -49,8 +49,6 @@ class SlotConfig:
     """Next tokens that training looks at, and the longest proposal of the prefix tree."""
     context_rank: int = 128
     """Rank of the label context, where there is one."""
-    recurrent: bool = False
-    """Let the context remember the whole prefix, not only its last token."""
     feature_layers: list[int] = field(default_factory=lambda: [LAST])
     """Target layers whose outputs are read, counted from 1; -1 is what the LM head reads."""
     decay: float = 0.8
@@ -108,9 +106,6 @@ class SlotDrafter(TrainableDrafter):
             self.context_down = nn.Linear(width, config.context_rank, bias=False)
             self.context_up = nn.Linear(config.context_rank, width, bias=False)
             nn.init.zeros_(self.context_up.weight)
-            if config.recurrent:
-                self.context_again = nn.Linear(config.context_rank, config.context_rank, bias=False)
-                nn.init.zeros_(self.context_again.weight)
 
     @property
     def proposed_tokens(self) -> int:
@@ -128,22 +123,8 @@ class SlotDrafter(TrainableDrafter):
 
     def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (...) -> what they say to the next slot, (..., rank)."""
-        return F.silu(self._context_raw(tokens))
-
-    def _context_raw(self, tokens: torch.Tensor) -> torch.Tensor:
         embedded = self.target.embedding(tokens)
-        raw: torch.Tensor = self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6))
-        return raw
-
-    def _context_keys(self, said: torch.Tensor) -> torch.Tensor:
-        """Texts (A, L) from the root on -> what each of their prefixes says to the next slot, (A, L, rank)."""
-        if not self.config.recurrent:
-            return self._context_key(said)
-        raw = self._context_raw(said)
-        keys = [F.silu(raw[:, 0])]
-        for i in range(1, said.shape[1]):
-            keys.append(F.silu(raw[:, i] + self.context_again(keys[-1])))
-        return torch.stack(keys, 1)
+        return F.silu(self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)))
 
     def _context_value(self) -> torch.Tensor:
         """How each kept token (and the blank) answers to a context key, (C, rank): the LM head seen through U."""
@@ -157,8 +138,7 @@ class SlotDrafter(TrainableDrafter):
         head = linear_of(self.module.fold(self.head_rows()))
         self._head = (head,)
         if self.has_context:
-            every = torch.arange(self.target.vocab_size, device=self.target.device)
-            keys = self._context_raw(every) if self.config.recurrent else self._context_key(every)
+            keys = self._context_key(torch.arange(self.target.vocab_size, device=self.target.device))
             values = self._padded(self._context_value())
             if self.target.device.type == "cpu":
                 keys, values = keys.float(), values.float()  # the search on the host knows no bfloat16
@@ -237,11 +217,7 @@ class SlotDrafter(TrainableDrafter):
         context = None
         if self._tables is not None:
             keys, kept_keys, values = self._tables
-            first = keys.index_select(0, root[:, 0])
-            if self.config.recurrent:
-                context = LabelContext(kept_keys, values, F.silu(first), self.context_again.weight.float())
-            else:
-                context = LabelContext(kept_keys, values, first)
+            context = LabelContext(kept_keys, values, keys.index_select(0, root[:, 0]))
         return best_tree(
             logits,
             budget,

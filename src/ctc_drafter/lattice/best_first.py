@@ -22,12 +22,11 @@ _Node = tuple[int, int, int, float]
 class _Extensions:
     """All one-label extensions of a prefix: their probabilities, and where each would first emit its label."""
 
-    def __init__(self, row: _Row, arrived: list[float], last: int | None, before: Any = None) -> None:
+    def __init__(self, row: _Row, arrived: list[float], last: int | None) -> None:
         """arrived (N+1,): by position 0..N, the mass of the slot paths that first emit ``last`` there (0: no label)."""
-        blank, self._weight, self.key = row.blank, None, None
+        blank, self._weight = row.blank, None
         if row.key is not None:
-            self.key = row.key(last, before)
-            bias = row.values @ self.key
+            bias = row.values @ row.key(last)
             np.minimum(np.maximum(bias, -MAX_BIAS, out=bias), MAX_BIAS, out=bias)
             self._weight = np.exp(bias, out=bias)
             normalizer = row.probs @ self._weight
@@ -58,7 +57,7 @@ class _Extensions:
 class _Row:
     """One row of a lattice as arrays."""
 
-    def __init__(self, probs: Any, key: Callable[[int | None, Any], Any] | None, values: Any, merge: bool) -> None:
+    def __init__(self, probs: Any, key: Callable[[int | None], Any] | None, values: Any, merge: bool) -> None:
         """probs (N, C); key of a pool token, or of the root for None, (r,), and values (C, r), if there is context."""
         self.merge, self.size = merge, probs.shape[1] - 2
         self.probs: Any = probs
@@ -72,7 +71,7 @@ class _Row:
         if lattice.keys is None or lattice.values is None:
             return cls(probs, None, None, lattice.merge)
         keys, values = (t[row].detach().cpu().numpy() for t in (lattice.keys, lattice.values))
-        return cls(probs, lambda last, before: keys[-1 if last is None else last], values, lattice.merge)
+        return cls(probs, lambda last: keys[-1 if last is None else last], values, lattice.merge)
 
 
 def _may_emit(arrived: list[float], blank: list[float], repeat: list[float] | None) -> tuple[list[float], list[float]]:
@@ -144,15 +143,8 @@ def best_first_of_slots(
         values[size] = context.values[-1].numpy()
         values[size + 1] = 0
 
-        recurrence = None if context.recurrence is None else context.recurrence.numpy()
-
-        def key(last: int | None, before: Any) -> Any:
-            if last is None:
-                return root
-            if recurrence is None:
-                return keys[pool[last]]
-            raw = keys[pool[last]] + recurrence @ before
-            return raw / (1 + np.exp(-raw))
+        def key(last: int | None) -> Any:
+            return root if last is None else keys[pool[last]]
 
     levels = len(every) if max_depth is None else max_depth
     nodes = _best_nodes(_Row(probs, key, values, merge), budget, levels)
@@ -177,11 +169,11 @@ def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
     """The best nodes, padded to the budget."""
     nodes: list[_Node] = []
     candidates: list[tuple[float, int, int, int, _Extensions]] = []  # no more than can still be taken; best last
-    parent, depth, arrived, last, before = ROOT, 1, row.start, None, None
+    parent, depth, arrived, last = ROOT, 1, row.start, None
     while len(nodes) < budget:
         left = budget - len(nodes)
         if depth <= levels:
-            found = _Extensions(row, arrived, last, before)
+            found = _Extensions(row, arrived, last)
             least = candidates[0][0] if len(candidates) == left else MIN_PROB
             better = np.flatnonzero(found.probs > least)
             if len(better) > left:
@@ -194,7 +186,7 @@ def _best_nodes(row: _Row, budget: int, levels: int) -> list[_Node]:
         if not candidates:
             return nodes + [(0, ROOT, 1, -math.inf)] * left
         p, last, parent, depth, extensions = candidates.pop()
-        arrived, before = extensions.arrived(last), extensions.key
+        arrived = extensions.arrived(last)
         nodes.append((last, parent, depth, math.log(p)))
         parent, depth = len(nodes) - 1, depth + 1
     return nodes

@@ -24,8 +24,6 @@ class LabelContext(NamedTuple):
     keys: Tensor
     values: Tensor
     root: Tensor
-    recurrence: Tensor | None = None
-    """(r, r) R: a prefix's key is silu(keys[u] + R key-of-the-prefix-without-u), keys being what comes before silu."""
 
     def of_pool(self, pool: Tensor) -> tuple[Tensor, Tensor]:
         """For `pool_lattice`: keys of pool (B, M) and root, values of pool and blank, both (B, M+1, r)."""
