@@ -27,6 +27,21 @@ from .options import (
 
 EMBEDDED_NAME = "embedded"
 
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")]
+LongestAnswer = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer; requests for more end there.")
+]
+ModelName = Annotated[str | None, typer.Option("--model-name", help="By which clients ask. Default: the target's.")]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option("--api-key-env", help="Environment variable with the key that clients must send.")
+]
+MaxContext = Annotated[
+    int | None, typer.Option("--max-context", min=1, help="Tokens of a prompt and its answer. Default: the target's.")
+]
+PrefixCache = Annotated[
+    str, typer.Option("--prefix-cache", help="Memory for prompts that others may begin with, e.g. 256MiB; 0: none.")
+]
+
 
 @command
 def serve(
@@ -37,27 +52,14 @@ def serve(
     budget: Budget = BUDGET,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Answers generated at once.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Answers that may wait for a slot.")] = 64,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")
-    ] = 300,
+    timeout: Timeout = 300,
     max_body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request.")] = 2**20,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer; requests for more end there.")
-    ] = 1024,
-    name: Annotated[
-        str | None, typer.Option("--model-name", help="By which clients ask. Default: the target's.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option("--api-key-env", help="Environment variable with the key that clients must send.")
-    ] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option("--max-context", min=1, help="Tokens of a prompt and its answer. Default: the target's."),
-    ] = None,
+    max_new_tokens: LongestAnswer = 1024,
+    name: ModelName = None,
+    api_key_env: ApiKeyEnv = None,
+    max_context: MaxContext = None,
     memory_limit: MemoryLimit = None,
-    prefix_cache: Annotated[
-        str, typer.Option("--prefix-cache", help="Memory for prompts that others may begin with, e.g. 256MiB; 0: none.")
-    ] = "0",
+    prefix_cache: PrefixCache = "0",
     quantize: Quantize = None,
     *,
     how: Loading,
