@@ -337,6 +337,7 @@ class Target:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: those of the tokenizer, the model's config and its generation config together."""
     ids: set[int] = set()
     sources = [getattr(tokenizer, "eos_token_id", None), model.config.get_text_config().eos_token_id]
     if getattr(model, "generation_config", None) is not None:
