@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +17,23 @@ import torch
 from ctc_drafter.environment import machine, versions
 
 T = TypeVar("T")
+FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
+"""Of the folder that --eval names."""
 
 
 def about() -> dict[str, Any]:
     """With what a result was made: the first keys of every result file."""
     return {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+
+
+def command(*arguments: object, threads: int | None = None) -> None:
+    """Run a command of the package in a process of its own; its failure ends this script too."""
+    print("+", "ctc-drafter", *map(str, arguments), flush=True)
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    line = [sys.executable, "-m", "ctc_drafter", *map(str, arguments)]
+    code = subprocess.run(line, env={**os.environ, **own}).returncode
+    if code:
+        sys.exit(code)
 
 
 def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:

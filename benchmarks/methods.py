@@ -17,13 +17,12 @@ makes the page. With several seeds each method is trained once for each; OUT.jso
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,11 +30,10 @@ from typing import Any
 
 import yaml
 
-from common import about
-from ctc_drafter.bench.results import write_json
+from common import FILES, about, command
+from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.drafters import CTCConfig
 
-FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
 LAYERS = [2, 4, -1]
 CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 7, "labels": 6}
 
@@ -115,16 +113,6 @@ def searched(folder: Path, kind: str, ablation: bool) -> list[Path]:
     return folders
 
 
-def command(*arguments: object, threads: int | None = None) -> None:
-    """Run a command of the package in a process of its own; its failure ends this script too."""
-    line = [sys.executable, "-m", "ctc_drafter", *map(str, arguments)]
-    print("+", "ctc-drafter", *map(str, arguments), flush=True)
-    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    code = subprocess.run(line, env={**os.environ, **own}).returncode
-    if code:
-        sys.exit(code)
-
-
 def train(name: str, method: Method, seed: int, options: argparse.Namespace) -> Path:
     """Train one drafter, unless that is done; returns its folder."""
     output: Path = options.work / (name if len(options.seeds) == 1 else f"{name}-seed{seed}")
@@ -168,6 +156,7 @@ def cache_features(options: argparse.Namespace) -> None:
 def main() -> None:
     options = _arguments()
     ablation = options.kind == "ablation"
+    check_output(options.json, options.overwrite)
     if options.features:
         cache_features(options)
     runs = [(name, method, seed) for seed in options.seeds for name, method in methods(options.kind).items()]
@@ -188,20 +177,22 @@ def main() -> None:
         *(part for budget in options.budgets for part in ("--budget", budget)),
         *(["--overwrite"] if options.overwrite else []),
     )
-    summary(options)
+    summary([Path(drafter).name for drafter in drafters], options)
 
 
-def summary(options: argparse.Namespace) -> None:
-    """Write OUT.json: mean and spread over the seeds of each method, search and budget; and print them."""
+def summary(measured: list[str], options: argparse.Namespace) -> None:
+    """Write OUT.json: mean and spread over the seeds of each method, search and budget; and print them.
+
+    Reads the results of the drafters `measured`, by name: other results with names like these may lie beside them.
+    """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for path in sorted(options.json.parent.glob(f"{options.json.stem}-*.json")):
-        content = json.loads(path.read_text())
-        name = re.sub(r"-seed\d+", "", content["drafter"]["name"])
-        groups.setdefault((name, content["drafter"]["budget"]), []).append(content["totals"])
+    for drafter, budget in itertools.product(measured, options.budgets):
+        totals = json.loads(options.json.with_stem(f"{options.json.stem}-{drafter}-{budget}").read_text())["totals"]
+        groups.setdefault((re.sub(r"-seed\d+", "", drafter), budget), []).append(totals)
     rows = []
-    for (name, budget), totals in sorted(groups.items()):
-        row: dict[str, Any] = {"method": name, "budget": budget, "runs": len(totals)}
-        row |= {key: [each[key] for each in totals] for key in ("answers", "identical", "tau", "speedup")}
+    for (name, budget), runs in sorted(groups.items()):
+        row: dict[str, Any] = {"method": name, "budget": budget, "runs": len(runs)}
+        row |= {key: [each[key] for each in runs] for key in ("answers", "identical", "tau", "speedup")}
         row |= {f"mean_{key}": statistics.fmean(row[key]) for key in ("tau", "speedup")}
         row["spread_tau"] = max(row["tau"]) - min(row["tau"])
         rows.append(row)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common import about
+from common import FILES, about, command
 from ctc_drafter.bench.results import check_output, write_json
 
 SIZES: dict[str, dict[str, int]] = {
@@ -31,15 +29,6 @@ SIZES: dict[str, dict[str, int]] = {
     "350m": {"hidden_size": 1024, "intermediate_size": 2816, "layers": 28, "heads": 16, "kv_heads": 4},
 }
 """Shapes of one family: heads of width 64, an MLP of 8/3 of the width."""
-FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
-
-
-def command(*arguments: object) -> None:
-    """Run a command of the package in a process of its own; its failure ends this script too."""
-    print("+", "ctc-drafter", *map(str, arguments), flush=True)
-    code = subprocess.run([sys.executable, "-m", "ctc_drafter", *map(str, arguments)]).returncode
-    if code:
-        sys.exit(code)
 
 
 def made(folder: Path, name: str, recipe: dict[str, Any], done: Path) -> None:
