@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from ..lattice.collapse import collapsed_tree
 from ..lattice.loss import (
@@ -110,9 +111,11 @@ class CTCDrafter(SlotDrafter):
         said = torch.cat([roots[:, None], labels], 1)
         context = (self._context_key(said) @ self._context_value().T).float()
         normalizers = context_log_normalizers(logits, context)
-        index = rows[:, None].expand(-1, logits.shape[1], -1)
-        emit = logits.gather(2, index) - normalizers[:, :, :-1]
-        emit = emit + context[:, :-1].gather(2, rows[..., None]).transpose(1, 2)
-        blank = logits[:, :, -1:] + context[:, None, :, -1] - normalizers
+        # Labels and blank by one gather each: the gradient of every indexing is as large as the logits.
+        named = F.pad(rows, (0, 1), value=logits.shape[2] - 1)
+        of_slots = logits.gather(2, named[:, None].expand(-1, logits.shape[1], -1))
+        of_contexts = context.gather(2, torch.stack([named, torch.full_like(named, logits.shape[2] - 1)], -1))
+        emit = of_slots[:, :, :-1] - normalizers[:, :, :-1] + of_contexts[:, None, :-1, 0]
+        blank = of_slots[:, :, -1:] + of_contexts[:, None, :, 1] - normalizers
         prefix, whole = context_prefix_log_probs(emit, blank, lengths)
         return prefix, -whole / lengths.clamp_min(1)
