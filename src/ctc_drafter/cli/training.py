@@ -78,6 +78,9 @@ def train(
 
     On several devices: torchrun --nproc_per_node N -m ctc_drafter train ...
     """
+    from ..training.allocation import keep_memory
+
+    keep_memory()
     from ..config import load_recipe
     from ..training.trainer import TrainConfig, check
     from ..training.trainer import train as run
@@ -128,6 +131,9 @@ def pretrain(
 
     So the embedded one was made.
     """
+    from ..training.allocation import keep_memory
+
+    keep_memory()
     from ..config import load_recipe
     from ..training.pretrain import PretrainConfig
     from ..training.pretrain import pretrain as run
