@@ -70,29 +70,36 @@ def serve(
     from ..serving.app import Limits, Service, create_app
     from ..serving.scheduler import Scheduler
     from ..serving.server import bind, run
+    from ..serving.worker import Worker
 
     bound = bind(host, port)
     limit, prefixes = bytes_of(memory_limit), bytes_of(prefix_cache) or 0
-    loaded = load_target(target, how, quantize)
-    drafters = {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))}
-    scheduler = Scheduler(
-        loaded,
-        drafters,
-        budget=budget,
-        slots=slots,
-        queue=queue,
-        timeout=timeout,
-        adaptive=True,
-        context=max_context,
-        memory_limit=limit,
-        prefix_cache=prefixes,
-    )
+    worker = Worker()
+
+    def load() -> Scheduler:
+        loaded = load_target(target, how, quantize)
+        return Scheduler(
+            loaded,
+            {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))},
+            budget=budget,
+            slots=slots,
+            queue=queue,
+            timeout=timeout,
+            adaptive=True,
+            context=max_context,
+            memory_limit=limit,
+            prefix_cache=prefixes,
+            worker=worker,
+        )
+
+    scheduler = worker.do(load).result()
+    loaded = scheduler.target
     loaded.max_context = scheduler.context  # what a request may ask for, and how it is refused, follows from this
     service = Service(
         loaded,
         scheduler,
         name=name or (EMBEDDED_NAME if target is None else loaded.name),
-        drafter=next(iter(drafters)),
+        drafter=scheduler.drafters[0],
         key=key,
         limits=Limits(max_body=max_body, max_new_tokens=max_new_tokens),
         local=key is None and ipaddress.ip_address(bound.getsockname()[0]).is_loopback,

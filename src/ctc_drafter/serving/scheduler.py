@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..decoding import Step
 from ..drafters import Drafter
 from ..target import Target
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +163,13 @@ class Scheduler:
         context: int | None = None,
         memory_limit: int | None = None,
         prefix_cache: int = 0,
+        worker: Worker | None = None,
     ) -> None:
         """`drafters` by the names that jobs give; they must read the same layers of the target, or none.
 
         timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
-        see `Batch`, which context, memory_limit and prefix_cache go to.
+        see `Batch`, which context, memory_limit and prefix_cache go to; worker: who loaded the model, and who is closed
+        with the scheduler (None: one of its own).
         """
         self.target, self.budget = target, budget
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
@@ -188,8 +191,9 @@ class Scheduler:
         self._waiting: deque[_Run] = deque()
         self._running: deque[_Run] = deque()
         self._draining = self._closed = False
-        self._thread = threading.Thread(target=self._work, name="ctc-drafter-model", daemon=True)
-        self._thread.start()
+        worker = worker or Worker()
+        self._ended = worker.do(self._work)
+        worker.close()
 
     # ------------------------------------------------------------ from other threads
 
@@ -220,8 +224,7 @@ class Scheduler:
 
     def stats(self) -> Stats:
         with self._condition:
-            alive = self._thread.is_alive()
-            return Stats(len(self._running), len(self._waiting), self._draining, alive)
+            return Stats(len(self._running), len(self._waiting), self._draining, alive=not self._ended.done())
 
     async def drain(self) -> None:
         """Take nothing new; returns when all that was taken is done."""
@@ -235,7 +238,7 @@ class Scheduler:
         with self._condition:
             self._draining = self._closed = True
             self._condition.notify()
-        self._thread.join()
+        self._ended.result()
 
     # ------------------------------------------------------------ on the thread of the model
 
