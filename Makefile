@@ -118,12 +118,11 @@ engine: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py --json $(RESULTS)/overhead.json --overwrite
 	$(BIN)/python benchmarks/prefixes.py --json $(RESULTS)/prefixes.json --overwrite
 
-# The server under 32 clients, with and without drafts, and vLLM's (VLLM=.venv-vllm/bin/python); how its memory goes; and
-# ten thousand bad requests.
+# The server under 32 clients, with and without drafts, and vLLM's (VLLM=.venv-vllm/bin/python), with the memory of each;
+# and ten thousand bad requests.
 SERVING := --prompts $(FILES) --limit 8 --threads 2 --overwrite
 serving: $(STAMP)
-	$(BIN)/python benchmarks/serving.py $(SERVING) --seconds 300 120 --json $(RESULTS)/serving.json $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
-	$(BIN)/python benchmarks/serving.py $(SERVING) --drafter ctc --ramp 40 --seconds 300 --json $(RESULTS)/serving-memory.json
+	$(BIN)/python benchmarks/serving.py $(SERVING) --ramp 60 --seconds 300 120 --json $(RESULTS)/serving.json $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
 
 
 fuzz: $(STAMP)
