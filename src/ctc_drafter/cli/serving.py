@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,10 @@ from .options import (
     load_drafter,
     load_target,
 )
+
+if TYPE_CHECKING:
+    from ..serving.scheduler import Scheduler
+    from ..target import Target
 
 EMBEDDED_NAME = "embedded"
 
@@ -68,31 +73,20 @@ def serve(
     key = _key(api_key_env)
     _need_extra()
     from ..serving.app import Limits, Service, create_app
-    from ..serving.scheduler import Scheduler
     from ..serving.server import bind, run
-    from ..serving.worker import Worker
 
     bound = bind(host, port)
-    limit, prefixes = bytes_of(memory_limit), bytes_of(prefix_cache) or 0
-    worker = Worker()
-
-    def load() -> Scheduler:
-        loaded = load_target(target, how, quantize)
-        return Scheduler(
-            loaded,
-            {d.name: d for d in (load_drafter(drafter, loaded), load_drafter("none", loaded))},
-            budget=budget,
-            slots=slots,
-            queue=queue,
-            timeout=timeout,
-            adaptive=True,
-            context=max_context,
-            memory_limit=limit,
-            prefix_cache=prefixes,
-            worker=worker,
-        )
-
-    scheduler = worker.do(load).result()
+    scheduler = _load(
+        lambda: load_target(target, how, quantize),
+        drafter,
+        budget=budget,
+        slots=slots,
+        queue=queue,
+        timeout=timeout,
+        context=max_context,
+        memory_limit=bytes_of(memory_limit),
+        prefix_cache=bytes_of(prefix_cache) or 0,
+    )
     loaded = scheduler.target
     loaded.max_context = scheduler.context  # what a request may ask for, and how it is refused, follows from this
     service = Service(
@@ -111,6 +105,21 @@ def serve(
         print(f"Serving {service.name} with drafter {service.drafter}: page {place}/ API {place}/v1", flush=True)
 
     run(create_app(service), scheduler, bound, ready)
+
+
+def _load(open_target: Callable[[], Target], drafter: str | None, **settings: Any) -> Scheduler:
+    """A scheduler with these settings, whose models are loaded by the thread that runs them."""
+    from ..serving.scheduler import Scheduler
+    from ..serving.worker import Worker
+
+    worker = Worker()
+
+    def load() -> Scheduler:
+        target = open_target()
+        drafters = {d.name: d for d in (load_drafter(drafter, target), load_drafter("none", target))}
+        return Scheduler(target, drafters, adaptive=True, worker=worker, **settings)
+
+    return worker.do(load).result()
 
 
 def _need_extra() -> None:
