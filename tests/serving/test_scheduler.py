@@ -14,9 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 
 from ctc_drafter.acceptance import Sampling
+from ctc_drafter.batch import Batch
+from ctc_drafter.cli.serving import load_scheduler
+from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.serving.scheduler import Busy, Draining, Failed, Job, Scheduler, Submission, TimedOut
 from ctc_drafter.serving.worker import Worker
@@ -229,24 +231,28 @@ def test_closing_ends_what_runs(target: Target) -> None:
         trial(test)
 
 
-def test_who_loaded_the_model_also_runs_it(target: Target) -> None:
-    """One thread for both: OpenMP is a fifth slower where two threads have used it."""
+def test_serve_runs_the_model_on_the_thread_that_loaded_it(target: Target) -> None:
+    """OpenMP is slower where two threads have used it."""
+    threads: set[int] = set()
+    real = Batch.step
 
-    class Watched(NoDrafter):
-        def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
-            seen.add(threading.get_ident())
-            return super().draft(features, next_tokens)
+    def load() -> Target:
+        threads.add(threading.get_ident())
+        return target
+
+    def step(self: Batch) -> list[tuple[int, Step]]:
+        threads.add(threading.get_ident())
+        return real(self)
 
     async def test() -> None:
-        await collect(made.submit([job(target, drafter="none")]))
+        assert await collect(made.submit([job(target, drafter="lookup")]))
 
-    seen: set[int] = set()
-    worker = Worker()
-    loader = worker.do(threading.get_ident).result()
-    with scheduler(target, Watched(), worker=worker) as made:
+    with patch.object(Batch, "step", step):
+        made = load_scheduler(load, "lookup", budget=6, slots=2, queue=2, timeout=60.0)
+        assert made.drafters == ["lookup", "none"] and made.stats().alive
         trial(test)
-        assert made.stats().alive
-    assert seen == {loader} and threading.get_ident() != loader
+        made.close()
+    assert len(threads) == 1 and threading.get_ident() not in threads
     assert not made.stats().alive
 
 

@@ -76,7 +76,7 @@ def serve(
     from ..serving.server import bind, run
 
     bound = bind(host, port)
-    scheduler = _load(
+    scheduler = load_scheduler(
         lambda: load_target(target, how, quantize),
         drafter,
         budget=budget,
@@ -107,8 +107,11 @@ def serve(
     run(create_app(service), scheduler, bound, ready)
 
 
-def _load(open_target: Callable[[], Target], drafter: str | None, **settings: Any) -> Scheduler:
-    """A scheduler with these settings, whose models are loaded by the thread that runs them."""
+def load_scheduler(open_target: Callable[[], Target], drafter: str | None, **settings: Any) -> Scheduler:
+    """A Scheduler for the drafter and plain decoding, whose models are loaded on the thread that runs them.
+
+    Raises UserError as `load_target` and `load_drafter` do.
+    """
     from ..serving.scheduler import Scheduler
     from ..serving.worker import Worker
 
