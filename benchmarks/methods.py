@@ -54,6 +54,7 @@ TABLE: dict[str, Method] = {
     "paper": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
     "parallel": Method("parallel", {"feature_layers": LAYERS, "label_context": True}),
     "ctc": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
+    "ctc-last": Method("ctc", {**CONTEXT, "feature_layers": [-1]}),
 }
 """Table 1."""
 
