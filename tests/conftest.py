@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from live import Live
 
+pytest_plugins = ("faults.summary", "prove.summary")
+
 CONTEXT = 192
 
 TEXTS = [

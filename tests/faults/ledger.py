@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 from ctc_drafter.environment import versions
@@ -37,13 +38,17 @@ class Ledger:
     def saw(self, fault: str, outcome: str, times: int = 1) -> None:
         self.outcomes[fault][outcome] += times
 
+    def add(self, part: Mapping[str, Mapping[str, int]]) -> None:
+        """Take in the outcomes that another process has seen."""
+        for fault, seen in part.items():
+            self.outcomes[fault].update(seen)
+
     def go_on_in(self, path: Path, command: str) -> None:
         """Add what another part of the run has written to the file, and write it there, together with this part."""
         if path.exists():
             part = json.loads(path.read_text(encoding="utf-8"))
             self.commands = part["commands"]
-            for fault, seen in part["outcomes"].items():
-                self.outcomes[fault].update(seen)
+            self.add(part["outcomes"])
         self.commands.append(command)
         write_text(path, json.dumps({"commands": self.commands, "outcomes": self.outcomes}, indent=1))
 

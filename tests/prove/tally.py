@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -21,6 +23,12 @@ class Tally:
     """Prompts passed over since two tokens of the answer nearly tie, so that rounding decides."""
     draws: int = 0
     """Sampled answers that were tested against the exact distribution."""
+
+    def add(self, part: Mapping[str, int | set[Any]]) -> None:
+        """Take in what another process has counted: its `vars`."""
+        for name, value in part.items():
+            mine = getattr(self, name)
+            setattr(self, name, mine | value if isinstance(value, set) else mine + value)
 
     def sentences(self) -> list[str]:
         out = []

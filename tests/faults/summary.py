@@ -1,4 +1,7 @@
-"""At the end of a run, say what was survived, and write it to a page where one is asked for."""
+"""At the end of a run, say what was survived, and write it to a page where one is asked for.
+
+tests/conftest.py makes this a plugin, so that pytest-xdist knows it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,17 @@ from .ledger import LEDGER
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", metavar="PAGE", help="Write the table of faults to this file if all is survived.")
     parser.addoption("--ledger", metavar="JSON", help="Go on in this file, so that a run can be made in parts.")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist sends its part to the process that sums up."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = {fault: dict(seen) for fault, seen in LEDGER.outcomes.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    LEDGER.add(getattr(node, "workeroutput", {}).get("faults", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
