@@ -163,9 +163,9 @@ REQUESTS = st.builds(
 )
 
 ACTIONS = st.lists(
-    st.one_of(REQUESTS, st.just("step"), st.just("step"), st.integers(0, 10)),
+    st.one_of(REQUESTS, *[st.just("step")] * 3, st.integers(0, 10)),
     min_size=3,
-    max_size=14,
+    max_size=18,
 )
 """Requests are added, numbers cancel the row of that rank."""
 
@@ -177,8 +177,10 @@ def play(batch: Batch, actions: list[Any]) -> Iterator[tuple[Request, list[Step]
     running: list[int] = []
 
     def step() -> None:
+        waiting = [key for key in running if not steps[key]]
         done = batch.step()
-        assert sorted(key for key, _ in done) == sorted(running)  # one step for every row
+        # A step of one new row, or else one of every row.
+        assert sorted(key for key, _ in done) == (waiting[:1] or sorted(running))
         for key, one in done:
             steps[key].append(one)
             if one.finish is not None:
@@ -373,7 +375,7 @@ def test_rows_are_limited(endless: Target) -> None:
     batch.cancel(keys[0])
     assert batch.free == 1
     batch.add([8])
-    assert [key for key, _ in batch.step()] == [2, 3]
+    assert [[key for key, _ in batch.step()] for _ in range(3)] == [[2], [3], [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +422,8 @@ def test_an_idle_batch_holds_no_memory(endless: Target, drafter_folder: Path) ->
     batch = Batch(endless, load_drafter(str(drafter_folder), endless), rows=4, budget=4)
     assert batch.nbytes == 0
     keys = [batch.add([5 + i, 9], max_new_tokens=50) for i in range(3)]
-    batch.step()
+    for _ in keys:
+        batch.step()
     lent = [weakref.ref(row.drafter) for row in batch._rows.values()]
     held = batch.nbytes
     batch.step()
@@ -462,13 +465,42 @@ def test_a_pass_that_fails_loses_the_running_rows_only(endless: Target, monkeypa
     batch = Batch(endless, NoDrafter(), rows=3, budget=0)
     batch.add([5, 6])
     batch.step()
-    waiting = batch.add([9, 31])
-    with monkeypatch.context() as patch:
-        patch.setattr(Target, "score", lambda *args: 1 / 0)
-        lost, begun = batch.step()
-    assert isinstance(lost[1].error, ZeroDivisionError) and lost[1].finish == "error"
-    assert begun[0] == waiting and begun[1].finish is None
-    assert len(batch) == 1 and [key for key, _ in batch.step()] == [waiting]
+    waiting: list[int] = []
+    failing = True
+
+    def score(*args: Any) -> Any:
+        if failing:
+            waiting.append(batch.add([9, 31]))
+            raise ZeroDivisionError
+        return original(*args)
+
+    original = Target.score
+    monkeypatch.setattr(Target, "score", score)
+    [(_, lost)] = batch.step()
+    assert isinstance(lost.error, ZeroDivisionError) and lost.finish == "error"
+    failing = False
+    assert len(batch) == 1 and [[key for key, _ in batch.step()] for _ in range(2)] == [waiting, waiting]
+
+
+def test_a_new_prompt_waits_for_no_pass(endless: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each first token is told before the next prompt is read; then all take part in the pass."""
+    batch = Batch(endless, NoDrafter(), rows=4, budget=0)
+    first = batch.add([5, 6])
+    batch.step()
+    done: list[str] = []
+    for name in ("prefill", "score"):
+        real = getattr(Target, name)
+
+        def noted(*args: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            done.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(Target, name, noted)
+    added = [batch.add([7 + i]) for i in range(3)]
+    for key in added:
+        assert [one for one, _ in batch.step()] == [key]
+    assert done == ["prefill"] * 3
+    assert [key for key, _ in batch.step()] == [first, *added] and done[3:] == ["score"]
 
 
 @pytest.mark.parametrize("phase", ["draft", "tree"])

@@ -96,7 +96,7 @@ class Batch:
         drafter: Drafter | None = None,
         log_probs: int | None = None,
     ) -> int:
-        """Begin a row at the next step; returns its key.
+        """Add a row, whose prompt is read before the next pass; returns its key.
 
         drafter: one for this row alone until it ends (None: a twin of the batch's); `NoDrafter()` decodes it plainly.
         log_probs: as of `generate`.
@@ -127,22 +127,18 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Step]]:
-        """Advance every running row by one pass, then read the prompts of the added ones: a Step for each row.
+        """Read the prompt of one added row, which is a Step of that row; if none waits, advance all by one pass.
 
-        A row is gone with the Step that has a `finish`. What fails is told by a Step with the `error`: a row's own
-        drafter or prompt ends that row alone, a failure of the shared pass all that run, of rows that are drafted for
-        together all of those. After Ctrl-C during a pass the batch is empty.
+        So a first token is known as soon as its prompt is read, and who joins takes part in the next pass. A row is
+        gone with the Step that has a `finish`. What fails is told by a Step with the `error`: a row's own drafter or
+        prompt ends that row alone, a failure of the shared pass all that run, of rows that are drafted for together all
+        of those. After Ctrl-C during a pass the batch is empty.
         """
-        steps = self._advance() if self._rows else []
-        while self._waiting:
-            key = next(iter(self._waiting))
-            row, prompt_ids = self._waiting.pop(key)
-            try:
-                step = self._loop.join(row, prompt_ids, Clock(self.target.device, False))
-            except Exception as error:
-                step = Step.failed(error)
-            self._rows[key] = row
-            steps.append((key, step))
+        steps: list[tuple[int, Step]] = []
+        if self._waiting:
+            steps = [self._begin()]
+        elif self._rows:
+            steps = self._advance()
         for key, step in steps:
             if step.finish is not None:
                 self._end(key)
@@ -157,6 +153,17 @@ class Batch:
             self._end(key)
 
     # ------------------------------------------------------------
+
+    def _begin(self) -> tuple[int, Step]:
+        """Read the prompt that has waited longest."""
+        key = next(iter(self._waiting))
+        row, prompt_ids = self._waiting.pop(key)
+        try:
+            step = self._loop.join(row, prompt_ids, Clock(self.target.device, False))
+        except Exception as error:
+            step = Step.failed(error)
+        self._rows[key] = row
+        return key, step
 
     def _advance(self) -> list[tuple[int, Step]]:
         count = len(self._rows)
