@@ -69,7 +69,7 @@ IDEAS: dict[str, Method] = {
     "medusa": TABLE["medusa"],
     "eagle": TABLE["eagle"],
     "ours": TABLE["ctc"],
-    "last-layer-only": Method("ctc", {**OURS, "feature_layers": [-1]}),
+    "last-layer-only": TABLE["ctc-last"],
     "two-layers": Method("ctc", {**OURS, "layers": 2}),
     "last-two-layers": Method("ctc", {**OURS, "feature_layers": [-1], "layers": 2}),
     "last-anchors-128": Method("ctc", {**OURS, "feature_layers": [-1]}, {"anchors": 128}),
