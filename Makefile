@@ -3,7 +3,7 @@
 # make test-vllm    the drafter inside vLLM, in an environment of its own (.venv-vllm)
 # make lint    ruff                   make type    mypy          make coverage    of what decides the words
 # make bench   measure the README's figures again (an hour); make engine: those of docs/engine.md (minutes)
-# make embedded    train the shipped target and drafters again (hours)
+# make embedded    train the shipped target and drafters again (hours); make scaling    targets of three sizes (hours)
 # make docs    build the documentation into site/ (make docs-serve: and watch)
 # make wheel   build the wheel and the source distribution into dist/
 # make test-wheel    install that wheel into a bare environment and try it (make bounds: with the oldest and newest versions)
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all test-vllm prove faults lint type check coverage bench engine serving fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
+.PHONY: demo test test-all test-vllm prove faults lint type check coverage bench engine serving scaling fuzz embedded docs docs-serve pictures wheel test-wheel bounds audit sbom clean
 
 demo: $(STAMP)
 	@$(BIN)/ctc-drafter demo $(ARGS)
@@ -103,7 +103,7 @@ bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json $(RESULTS)/methods-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json $(RESULTS)/sampled-float32.json
-	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json $(RESULTS)/batches.json
+	$(BIN)/python benchmarks/batches.py --prompts $(EVAL)/gsm8k_test.jsonl --limit 24 --rounds 2 --dtype float32 --json $(RESULTS)/batches.json --overwrite
 
 # Every way to decode one model, eager and compiled; a step's profile and curves; a real model's shape, shrunk.
 FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
@@ -126,6 +126,10 @@ SERVING := --prompts $(FILES) --limit 8 --threads 2 --overwrite
 serving: $(STAMP)
 	$(BIN)/python benchmarks/serving.py $(SERVING) --ramp 60 --seconds 300 120 --json $(RESULTS)/serving.json $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
 
+# Targets of three sizes and their drafters, trained and measured.
+scaling: $(STAMP)
+	$(BIN)/python benchmarks/scaling.py --prompts $(EVAL)/gsm8k_test.jsonl --work runs/scaling --jobs 2 --json $(RESULTS)/scaling.json \
+	  --figure docs/results/scaling.svg --overwrite $(ARGS)
 
 fuzz: $(STAMP)
 	$(PIP) 'schemathesis>=4'

@@ -1,24 +1,28 @@
 """Tau and speedup against the size of the target: train targets of one family, a drafter for each, and measure.
 
-    python benchmarks/scaling.py --config recipes/embedded-target.yaml --eval data/eval --work runs/scaling \\
-        --json benchmarks/results/scaling.json
+    python benchmarks/scaling.py --prompts data/eval/gsm8k_test.jsonl --work runs/scaling \\
+        --json benchmarks/results/scaling.json --figure docs/results/scaling.svg
 
-For each size: `pretrain` with the recipe's data and tokens, `distill`, `train` of a ctc drafter, `bench`; what was
-stopped goes on where it was. All sizes see the same number of tokens, answers and drafting steps, so the larger ones
-are trained less in proportion. Rows: one for each size, drafter and budget.
+For each size: `pretrain`, `distill`, `train` of a ctc drafter, `bench`; what was stopped goes on where it was. All
+sizes see the same number of tokens, prompts and drafting steps, so the larger ones are trained less in proportion.
+Rows: one for each size, drafter and budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common import FILES, about, command
+from common import about, command
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.bench.sheets import COLOURS, MARKERS, STYLE
+from ctc_drafter.cli.options import plain_errors
 
 SIZES: dict[str, dict[str, int]] = {
     "2m": {"hidden_size": 128, "intermediate_size": 352, "layers": 4, "heads": 2, "kv_heads": 1},
@@ -29,37 +33,38 @@ SIZES: dict[str, dict[str, int]] = {
     "350m": {"hidden_size": 1024, "intermediate_size": 2816, "layers": 28, "heads": 16, "kv_heads": 4},
 }
 """Shapes of one family: heads of width 64, an MLP of 8/3 of the width."""
+TOTALS = ("answers", "identical", "looped", "tau", "speedup", "efficiency", "plain_tokens_per_second")
 
 
-def made(folder: Path, name: str, recipe: dict[str, Any], done: Path) -> None:
+def made(folder: Path, name: str, recipe: dict[str, Any], done: Path, threads: int | None) -> None:
     """Write the recipe into the folder and run the command `name` with it, unless `done` is there."""
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command(name, "--config", path)
+    command(name, "--config", path, threads=threads)
 
 
 def prepare(size: str, options: argparse.Namespace) -> Path:
     """Train the target of this size, its answers and its drafter; returns the folder that holds them."""
     folder: Path = options.work / size
+    threads = (os.cpu_count() or 1) // options.jobs if options.jobs > 1 else None
     target, answers, drafter = folder / "target", folder / "distilled.jsonl", folder / "ctc"
     recipe = yaml.safe_load(options.config.read_text())
     recipe |= {**SIZES[size], "output": str(target), "steps": options.steps, "decay": options.steps * 2 // 5}
-    recipe |= {"unlikelihood_steps": options.steps // 16, "init": None, "dtype": options.dtype}
-    made(folder, "pretrain", recipe, target / "model.safetensors")
+    recipe |= {"unlikelihood_steps": options.steps // 16, "dtype": options.dtype}
+    made(folder, "pretrain", recipe, target / "model.safetensors", threads)
     recipe = yaml.safe_load(options.distill.read_text())
-    recipe |= {"target": str(target), "output": str(answers), "prompts": recipe["prompts"][:1], "dtype": options.dtype}
-    recipe["mixture"] = {name: share * options.share for name, share in recipe["mixture"].items()}
-    made(folder, "distill", recipe, folder / "distilled.done")
+    recipe |= {"target": str(target), "output": str(answers), "dtype": options.dtype}
+    made(folder, "distill", recipe, folder / "distilled.done", threads)
     (folder / "distilled.done").touch()
     layers = SIZES[size]["layers"]
     content = {"feature_layers": sorted({max(1, layers // 3), max(1, 2 * layers // 3)}) + [-1], "slots": 7, "labels": 6}
     content |= {"topology": "label-context", "objective": "prefix", "vocabulary": 2048}
     recipe = {"target": str(target), "data": [str(answers)], "output": str(drafter), "kind": "ctc", "drafter": content}
     recipe |= {"steps": options.drafter_steps, "decay": options.drafter_steps * 2 // 5, "dtype": options.dtype}
-    made(folder, "train", recipe, drafter / "run.yaml")
+    made(folder, "train", recipe, drafter / "run.yaml", threads)
     return folder
 
 
@@ -69,51 +74,101 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     command(
         "bench",
         *("--target", folder / "target", "--dtype", options.dtype, "--limit", options.limit),
-        *(part for name in FILES for part in ("--prompts", options.eval / name)),
+        *(part for path in options.prompts for part in ("--prompts", path)),
         *(part for name in names for part in ("--drafter", name)),
         *(part for budget in options.budgets for part in ("--budget", budget)),
         *("--overwrite", "--json", folder / "bench.json"),
     )
+    trained = json.loads((folder / "target" / "pretrain.json").read_text())
+    facts = {"trained_on": trained["tokens"], "held_out_loss": trained["held_out_loss"]}
     rows = []
     for path in sorted(folder.glob("bench*.json")):
         content = json.loads(path.read_text())
         totals = content["totals"]
-        keys = ("answers", "identical", "looped", "tau", "speedup", "efficiency", "plain_tokens_per_second")
-        facts = {"size": folder.name, "parameters": content["target"]["parameters"], **content["drafter"]}
-        rows.append(facts | {key: totals[key] for key in keys} | {"draft_share": totals["split"]["draft"]})
+        row = {"size": folder.name, "parameters": content["target"]["parameters"], **facts}
+        row |= {"drafter": content["drafter"]["name"], "drafter_parameters": content["drafter"]["parameters"]}
+        row |= {"budget": content["drafter"]["budget"], **{key: totals[key] for key in TOTALS}}
+        rows.append(row | {"draft_share": totals["split"]["draft"]})
     return rows
 
 
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Two panels: tau and speedup against the parameters of the target, a line for each drafter and budget."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        from matplotlib.figure import Figure
+
+        figure: Any = Figure((9.6, 4.2), dpi=200, layout="constrained", facecolor="white")
+        panels = figure.subplots(1, 2)
+        lines = dict.fromkeys((row["drafter"], row["budget"]) for row in rows)
+        drafters = list(dict.fromkeys(name for name, _ in lines))
+        budgets = sorted({budget for _, budget in lines})
+        for axes, key, unit in zip(panels, ("tau", "speedup"), ("tokens per target pass", "times plain decoding")):
+            for name, budget in lines:
+                mine = sorted(
+                    (r["parameters"] / 1e6, r[key]) for r in rows if (r["drafter"], r["budget"]) == (name, budget)
+                )
+                place = drafters.index(name)
+                style = {"color": COLOURS[place], "marker": MARKERS[place], "ls": "-" if budget == budgets[0] else "--"}
+                axes.plot(*zip(*mine), label=f"{name}, budget {budget}", **style)
+            axes.axhline(1, color="#9AA1AB", lw=1)
+            sizes = sorted({row["parameters"] / 1e6 for row in rows})
+            axes.set_xscale("log")
+            axes.set_xticks(sizes, [f"{size:.1f} M" for size in sizes])
+            axes.minorticks_off()
+            axes.set(xlabel="parameters of the target", ylabel=f"{key} ({unit})")
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(title, fontweight="bold", x=0.02, ha="left")
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="A recipe of `pretrain`, for its data and mixture.")
-    parser.add_argument("--distill", type=Path, default=Path("recipes/embedded-distill.yaml"))
-    parser.add_argument("--eval", type=Path, required=True, help=f"Folder with {', '.join(FILES)}.")
-    parser.add_argument("--work", type=Path, required=True, help="Folder of what is trained.")
-    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["2m", "5m", "12m"])
-    parser.add_argument("--steps", type=int, default=400, help="Of each target.")
-    parser.add_argument("--share", type=float, default=0.25, help="Of the distill recipe's prompts.")
-    parser.add_argument("--drafter-steps", type=int, default=200)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--limit", type=int, default=8, help="Prompts of each file.")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--train-only", action="store_true", help="Leave measuring to a later run, on a quiet machine.")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true")
-    options = parser.parse_args()
+    options = _arguments()
     check_output(options.json, options.overwrite)
-    folders = [prepare(size, options) for size in options.sizes]
+    with ThreadPoolExecutor(options.jobs) as pool:  # the largest first: they take longest
+        folders = list(
+            pool.map(lambda size: prepare(size, options), sorted(options.sizes, key=list(SIZES).index)[::-1])
+        )
     if options.train_only:
         print(f"trained  {options.work}; the same command without --train-only measures", flush=True)
         return
-    rows = [row for folder in folders for row in measure(folder, options)]
-    write_json(options.json, {**about(), "steps": options.steps, "rows": rows})
+    rows = [row for folder in folders[::-1] for row in measure(folder, options)]
+    recipe = {"target_steps": options.steps, "drafter_steps": options.drafter_steps}
+    write_json(options.json, {**about(), **recipe, "rows": rows})
     for row in rows:
+        at = f"{row['size']:>5} {row['drafter']:<12} {row['budget']:>3}"
         print(
-            f"{row['size']:>5} {row['name']:<12} {row['budget']:>3}  tau {row['tau']:.2f}  speedup {row['speedup']:.2f}"
+            f"{at}  tau {row['tau']:.2f}  speedup {row['speedup']:.2f}  {row['identical']}/{row['answers']} identical"
         )
     print(f"Result: {options.json}")
+    if options.figure:
+        draw(rows, options.figure, "Tau and speedup against the size of the target")
+        print(f"Figure: {options.figure}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("recipes/scaling-target.yaml"), help="Of `pretrain`.")
+    parser.add_argument("--distill", type=Path, default=Path("recipes/scaling-distill.yaml"))
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True, help="Folder of what is trained.")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["2m", "5m", "12m"])
+    parser.add_argument("--steps", type=int, default=300, help="Of each target.")
+    parser.add_argument("--drafter-steps", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=1, help="Sizes trained at once; each has its share of the cores.")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--train-only", action="store_true", help="Leave measuring to a later run, on a quiet machine.")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

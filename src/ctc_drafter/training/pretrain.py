@@ -354,7 +354,8 @@ def _against_loops(
 ) -> list[dict[str, float]]:
     if not config.unlikelihood_steps:
         return []
-    prompts = {example_key(r): r["messages"][0]["content"] for r in _rows(config) if "messages" in r}
+    rows = (r for r in _rows(config) if "messages" in r and config.mixture.get(r.get("source", ""), 1.0) > 0)
+    prompts = {example_key(r): r["messages"][0]["content"] for r in rows}
     keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
 
     def language_loss(step: int) -> torch.Tensor:
