@@ -21,7 +21,8 @@ from common import about
 from ctc_drafter.batch import Batch
 from ctc_drafter.bench.measure import first_gap, tau_of
 from ctc_drafter.bench.prompts import read_prompts
-from ctc_drafter.bench.results import write_json
+from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.target import Target
@@ -139,11 +140,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     options = _arguments()
+    check_output(options.json, options.overwrite)
     results = {}
     for dtype in options.dtype:
         target = Target.load(options.target, dtype=dtype)
@@ -157,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -22,6 +22,7 @@ from common import about, add_common
 from ctc_drafter.bench.measure import encode
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import DEFAULT, Drafter, load_drafter
 from ctc_drafter.target import Target
@@ -114,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

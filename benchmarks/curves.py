@@ -17,6 +17,7 @@ import torch
 
 from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import PHASES, Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
@@ -127,4 +128,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -26,6 +26,7 @@ from common import about, add_common, timed
 from ctc_drafter.bench.measure import Answer, peak_memory_mb, tau_of
 from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
@@ -209,4 +210,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

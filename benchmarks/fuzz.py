@@ -26,6 +26,7 @@ from typing import Any
 
 from common import about
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from hostile import Case, cases
 from servers import Server, ours
 
@@ -178,4 +179,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with plain_errors():
+        sys.exit(main())

@@ -15,7 +15,8 @@ from typing import Any
 
 from common import about
 from ctc_drafter.bench.prompts import Prompt, demo_prompts, read_prompts
-from ctc_drafter.bench.results import write_json
+from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.integrations.export import vllm_config
 from ctc_drafter.target import EMBEDDED
 
@@ -84,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args()
 
 
@@ -91,6 +93,7 @@ def main() -> None:
     import vllm
 
     arguments = _arguments()
+    check_output(arguments.json, arguments.overwrite)
     paths, limit = arguments.prompts, arguments.limit
     prompts = read_prompts(paths, limit) if paths else demo_prompts(limit)
     plain, drafted = (measure(arguments, prompts, drafter) for drafter in (None, arguments.drafter))
@@ -111,4 +114,5 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    main()
+    with plain_errors():
+        main()

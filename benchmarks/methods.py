@@ -32,6 +32,7 @@ import yaml
 
 from common import FILES, about, command
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCConfig
 
 LAYERS = [2, 4, -1]
@@ -230,4 +231,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ctc_drafter.cli.options import plain_errors
+
 CARD = """# The embedded models
 
 `target/`: a Llama of {millions:.1f} M parameters ({layers} layers, width {width}, {vocabulary:,} byte-level BPE tokens, context
@@ -123,4 +125,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with plain_errors():
+        main(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCDrafter, load_drafter
 from ctc_drafter.target import Target
 from ctc_drafter.words import byte_size, percent, size
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -16,6 +16,7 @@ import torch
 from common import about, add_common, timed
 from ctc_drafter.batch import Batch
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.target import Target
 
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -21,6 +21,7 @@ from torch import nn
 
 from common import about
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.target import Target
 
 Run = Callable[[], None]
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -29,6 +29,7 @@ from common import about
 from ctc_drafter.bench.measure import tau_of
 from ctc_drafter.bench.prompts import demo_prompts, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from servers import Row, Server, ours, vllm
 
 VLLM = "vllm"
@@ -211,4 +212,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -27,6 +27,7 @@ from common import about, add_common, timed
 from ctc_drafter import decoding
 from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, compile_passes
 from ctc_drafter.target import LAST, Target
 from ctc_drafter.target.loading import resolve_device, resolve_dtype
@@ -248,4 +249,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -6,7 +6,8 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
@@ -30,8 +31,25 @@ app = typer.Typer(
 BUDGET = 8
 
 
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the process with one sentence: after a UserError with exit code 2, after Ctrl-C with 130."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("Interrupted.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
+        sys.exit(141)
+    except OSError as error:
+        place = f"'{error.filename}'" if error.filename else "A file"
+        fail(f"{place} could not be read or written ({error.strerror or error}); what was finished is kept.", 2)
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a command: a UserError is one sentence and exit code 2, Ctrl-C is exit code 130.
+    """Register a command, whose errors are `plain_errors`.
 
     A parameter that is one of GROUPS stands for all options of that class.
     """
@@ -41,18 +59,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(**given: Any) -> None:
         own = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        try:
+        with plain_errors():
             function(**given, **own)
-        except UserError as error:
-            fail(str(error), 2)
-        except KeyboardInterrupt:
-            fail("Interrupted.", 130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough
-            sys.exit(141)
-        except OSError as error:
-            place = f"'{error.filename}'" if error.filename else "A file"
-            fail(f"{place} could not be read or written ({error.strerror or error}); what was finished is kept.", 2)
 
     guarded.__signature__ = _spread(inspect.signature(function), hints)  # type: ignore[attr-defined]
     return app.command()(guarded)
