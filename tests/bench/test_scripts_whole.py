@@ -77,7 +77,7 @@ def test_a_family_of_targets(prompts: Path, tmp_path: Path) -> None:
     corpus.write_text("".join(json.dumps({"messages": chat, "source": "own"}) + "\n" for chat in chats))
     recipe = {"data": [str(corpus)], "output": "x", "vocab_size": 400, "block": 32, "batch": 4, "compile": False}
     (tmp_path / "target.yaml").write_text(yaml.safe_dump({**recipe, "warmup": 2}))
-    recipe = {"prompts": [str(corpus)], "output": "x", "limit": 12, "max_new_tokens": 12}
+    recipe = {"prompts": [str(corpus)], "output": "x", "limit": 20, "max_new_tokens": 12}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(recipe))
     work, path, figure = tmp_path / "work", tmp_path / "result.json", tmp_path / "scaling.svg"
     own = ("--config", tmp_path / "target.yaml", "--distill", tmp_path / "distill.yaml", "--prompts", prompts)

@@ -51,7 +51,8 @@ class PretrainConfig:
     """JSONL files with `messages` or `text` rows."""
     output: str
     mixture: dict[str, float] = field(default_factory=dict)
-    """Copies of each row by its `source` (0.25: a quarter of the rows, 2.0: all of them twice); 1.0 if absent."""
+    """Copies of each row by its `source` (0.25: a quarter of the rows, 2.0: all of them twice); 1.0 if absent.
+    Held-out text is every source once, but for those at 0."""
     answers_only: list[str] = field(default_factory=list)
     """Sources whose prompts carry no loss (the same few prompts many times over)."""
     as_answers: list[str] = field(default_factory=list)
@@ -192,8 +193,8 @@ def _blocks(
             progress.advance(task)
             key = example_key(row)
             held = key % HELD_OUT == 0
-            rate = 1.0 if held else config.mixture.get(row.get("source", ""), 1.0)
-            count = copies(row, rate)
+            rate = config.mixture.get(row.get("source", ""), 1.0)
+            count = copies(row, 1.0 if held and rate else rate)
             if not count:
                 continue
             if banned.dropped_by(row):
