@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import TEXTS
+from conftest import TEXTS, build_target
+from ctc_drafter.target import Target
+from small_run import write_data
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--prompts {prompts} --limit 2 --max-new-tokens 10"
@@ -89,3 +91,17 @@ def test_a_family_of_targets(prompts: Path, tmp_path: Path) -> None:
     assert all(row["identical"] == row["answers"] == 1 for row in content["rows"])
     assert content["rows"][0]["parameters"] < content["rows"][-1]["parameters"]
     assert "<svg" in figure.read_text()
+
+
+@pytest.mark.slow
+def test_every_method_of_the_field(prompts: Path, tmp_path: Path) -> None:
+    target = build_target(tmp_path / "target", layers=5)
+    data = write_data(tmp_path / "data.jsonl", Target.load(target))
+    for name in ("mt_bench", "gsm8k_test", "humaneval"):
+        (tmp_path / f"{name}.jsonl").write_text(prompts.read_text())
+    path = tmp_path / "results" / "table.json"
+    own = ("--target", target, "--data", data, "--eval", tmp_path, "--work", tmp_path / "work")
+    content = result_of("methods", path, "table", *own, "--steps", 2, "--jobs", 2, "--budgets", 4, "--limit", 1)
+    methods = {"lookup", "medusa", "hydra", "eagle", "paper", "ctc", "ctc-last", "parallel"}
+    assert {row["method"] for row in content["rows"]} == methods
+    assert {f.name for f in path.parent.glob("table-*.json")} == {f"table-{name}-4.json" for name in methods}
