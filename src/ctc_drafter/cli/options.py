@@ -102,7 +102,7 @@ MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="The most memory for keys and values, e.g. 2GiB. Default: none.")
 ]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", help="int8: the target's weights in eight bits, which needs torchao.")
+    str | None, typer.Option("--quantize", help="int8, int4: the target's weights in so many bits, by torchao.")
 ]
 Recipe = Annotated[Path | None, typer.Option("--config", help="YAML recipe; the other options win over it.")]
 Settings = Annotated[

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..cache import SlotCache
 from ..errors import UserError
 from ..tree import DraftTree
-from . import attention, masks, packing
+from . import attention, masks, packing, quantization
 from .captured import Replayed, Run
 from .masks import slot_mask
 from .programs import key_of, program
@@ -96,8 +96,8 @@ class CompiledPass:
         config = target.model.config
         module = Pass(target)
         facts = (config.to_json_string(), str(target.dtype), str(target.device), budget, target.layers)
-        limits = (target.max_context, target.cache_name, target.joint is not None)
-        key = key_of([type(target.model), Pass, attention, masks, packing], *facts, *limits)
+        limits = (target.max_context, target.cache_name, target.joint is not None, target.quantized)
+        key = key_of([type(target.model), Pass, attention, masks, packing, quantization], *facts, *limits)
         self._slots = torch.empty(0, dtype=torch.long, device=target.device)
         arguments = self._arguments(*_no_nodes(budget, target.device), cache)
         free = torch.export.Dim.DYNAMIC

@@ -66,7 +66,8 @@ class Target:
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
         self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
-        self.quantized = False
+        self.quantized: str | None = None
+        """`int8` or `int4`, if the weights are."""
         self._probe: list[float] | None = None  # of the weights before they were quantized or shared out
         self.joint: JointLinears | None = None
         """The weights of compiled passes on a CPU, where they are copied."""
@@ -116,12 +117,12 @@ class Target:
         """Load a local folder or hub name (None: the embedded target) and run the self-test.
 
         dtype: auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's own. quantized:
-        `int8` keeps the weights in eight bits, by torchao. Raises UserError for anything that is not a loadable,
-        tree-capable causal LM.
+        `int8` or `int4` keeps the weights in so many bits, by torchao; auto is bfloat16 then. Raises UserError for
+        anything that is not a loadable, tree-capable causal LM.
         """
         path = EMBEDDED / "target" if path is None else path
         where = resolve_device(device)
-        kind = resolve_dtype(dtype, where)
+        kind = resolve_dtype("bfloat16" if quantized and dtype == "auto" else dtype, where)
         if Path(path).is_dir():
             check_folder(Path(path))
         elif Path(path).is_absolute() or str(path).startswith((".", "~")) or Path(path).exists():
@@ -142,7 +143,7 @@ class Target:
             probe = probe_of(model)
             quantize(model, quantized)
         target = cls.of(model, tokenizer, target_name(path))
-        target.quantized, target._probe = quantized is not None, probe
+        target.quantized, target._probe = quantized, probe
         return target
 
     @classmethod
@@ -292,8 +293,11 @@ class Target:
         before. Numbers change by rounding. The next process finds the programs on disk, see `programs`.
         Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
-        if self.quantized:
-            raise UserError(f"'{self.name}' is quantized and cannot be compiled; leave one of the two out.")
+        if self.quantized and (self.quantized, self.dtype, self.device.type) != ("int8", torch.bfloat16, "cpu"):
+            raise UserError(
+                f"'{self.name}' is quantized, and can be compiled in int8 and bfloat16 on a CPU only; leave one of the "
+                "two out."
+            )
         began = time.perf_counter()
         if self.joint is None and self.device.type == "cpu":
             self.joint = self._join()
