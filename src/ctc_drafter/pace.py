@@ -19,6 +19,11 @@ FIRST, SURE = 8, 96
 """Rows of passes that a candidate is tried for before it is judged; and from which on its tokens are believed."""
 SHARE = 0.02
 """Part of the time that probes may lose, once all candidates are known."""
+STAY = 1.08
+"""What runs is left for what promises so many times as much: after each change to drafting the drafters catch up, which
+takes as long as some passes and counts nowhere."""
+ALIKE = 16
+"""Passes whose row counts differ by no more than one in so many rows are timed together."""
 NEAR = 1.25
 """A row count within this ratio of a measured one, but not between two, is judged in proportion to it."""
 
@@ -41,6 +46,8 @@ class Pace:
         """Per row and pass."""
         self._counted: dict[int, int] = {}
         self._last: int | None = None
+        self._running = self.budgets[0]
+        """What was chosen last, probes left out."""
         self._burst: tuple[int, int] = (0, 0)
         """The candidate that is probed, and the passes left of that."""
         self._patience: dict[int, int] = {}
@@ -59,7 +66,7 @@ class Pace:
         unknown = [b for b in budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
         if unknown:
             return self._probe(unknown[0])
-        best = max(budgets, key=lambda b: self.rate(b, rows))
+        best = max(budgets, key=lambda b: self.rate(b, rows) * (STAY if b == self._running else 1))
         if best != self._best.get(rows):
             self._best[rows], self._patience[rows], self._since[rows] = best, SHORTEST, 0
         self._since[rows] += 1
@@ -72,6 +79,7 @@ class Pace:
                 self._since[rows], self._patience[rows] = 0, min(2 * self._patience[rows], LONGEST)
                 self._turn += 1
                 return self._probe(other)
+        self._running = best
         return best
 
     def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
@@ -102,10 +110,11 @@ class Pace:
         return rows * (self._tokens[budget] + doubt) / seconds
 
     def seconds(self, budget: int, rows: int) -> float | None:
-        """Of a pass: measured at this number of rows, or between two others, or near to one; None if unknown."""
+        """Of a pass: measured at about this number of rows, or between two others, or near to one; None if unknown."""
         known = self._seconds[budget]
-        if rows in known:
-            return median(known[rows])
+        alike = [s * rows / r for r, times in known.items() if abs(r - rows) * ALIKE <= rows for s in times]
+        if alike:
+            return median(alike)
         below = max((r for r in known if r < rows), default=None)
         above = min((r for r in known if r > rows), default=None)
         if below is not None and above is not None:
