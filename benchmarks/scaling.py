@@ -160,7 +160,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--drafter-steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="Sizes trained at once; each has its share of the cores.")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")
+    parser.add_argument("--limit", type=int, default=100, help="Prompts of each file.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--train-only", action="store_true", help="Leave measuring to a later run, on a quiet machine.")
     parser.add_argument("--figure", type=Path)
