@@ -31,6 +31,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TOGETHER) $(ARGS)
 
 test-all: $(STAMP)
+	$(PIP) 'torchao>=0.18'
 	$(BIN)/python -m pytest $(ARGS)
 
 # That no word changes: every family and drafter against model.generate, samples against exact distributions.

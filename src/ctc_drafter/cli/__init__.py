@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -26,6 +27,8 @@ def root(
 
 def main() -> None:
     """Entry point of `ctc-drafter` and `python -m ctc_drafter`."""
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is, it tells of each of its libraries that fails
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:
