@@ -177,7 +177,7 @@ def main() -> None:
     command(
         "bench",
         *("--target", options.target, "--dtype", options.dtype, "--limit", options.limit, "--json", options.json),
-        *(part for name in FILES for part in ("--prompts", options.eval / name)),
+        *(part for name in options.files for part in ("--prompts", options.eval / name)),
         *(part for drafter in drafters for part in ("--drafter", drafter)),
         *(part for budget in options.budgets for part in ("--budget", budget)),
         *(["--overwrite"] if options.overwrite else []),
@@ -214,7 +214,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("kind", choices=("table", "ablation", "ideas"))
     parser.add_argument("--target", required=True)
     parser.add_argument("--data", required=True, help="Distilled answers of that target.")
-    parser.add_argument("--eval", type=Path, required=True, help=f"Folder with {', '.join(FILES)}.")
+    parser.add_argument("--eval", type=Path, required=True, help="Folder with the files of prompts.")
+    parser.add_argument("--files", nargs="+", default=list(FILES), help="Of that folder.")
     parser.add_argument("--work", type=Path, required=True, help="Folder of the trained drafters.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--features", help="Keep the target's features here: it runs over the data once.")

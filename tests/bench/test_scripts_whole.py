@@ -97,10 +97,8 @@ def test_a_family_of_targets(prompts: Path, tmp_path: Path) -> None:
 def test_every_method_of_the_field(prompts: Path, tmp_path: Path) -> None:
     target = build_target(tmp_path / "target", layers=5)
     data = write_data(tmp_path / "data.jsonl", Target.load(target))
-    for name in ("mt_bench", "gsm8k_test", "humaneval"):
-        (tmp_path / f"{name}.jsonl").write_text(prompts.read_text())
     path = tmp_path / "results" / "table.json"
-    own = ("--target", target, "--data", data, "--eval", tmp_path, "--work", tmp_path / "work")
+    own = ("--target", target, "--data", data, "--eval", tmp_path, "--files", prompts.name, "--work", tmp_path / "work")
     content = result_of("methods", path, "table", *own, "--steps", 2, "--jobs", 2, "--budgets", 4, "--limit", 1)
     methods = {"lookup", "medusa", "hydra", "eagle", "paper", "ctc", "ctc-last", "parallel"}
     assert {row["method"] for row in content["rows"]} == methods
