@@ -20,8 +20,8 @@ FIRST, SURE = 8, 96
 SHARE = 0.02
 """Part of the time that probes may lose, once all candidates are known."""
 STAY = 1.08
-"""Drafting begins and ends for what promises so many times as much: when it begins the drafters catch up, which takes
-as long as some passes and counts nowhere."""
+"""Drafting begins again for what promises so many times as much: the drafters catch up then, which takes as long as
+some passes and counts nowhere. It ends for any gain."""
 ALIKE = 16
 """Passes whose row counts differ by no more than one in so many rows are timed together."""
 NEAR = 1.25
@@ -66,7 +66,7 @@ class Pace:
         unknown = [b for b in budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
         if unknown:
             return self._probe(unknown[0])
-        best = max(budgets, key=lambda b: self.rate(b, rows) * (STAY if bool(b) == bool(self._running) else 1))
+        best = max(budgets, key=lambda b: self.rate(b, rows) * (STAY if b == self._running == 0 else 1))
         if best != self._best.get(rows):
             self._best[rows], self._patience[rows], self._since[rows] = best, SHORTEST, 0
         self._since[rows] += 1
