@@ -150,6 +150,10 @@ def _rows(config: PretrainConfig) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def _rate(config: PretrainConfig, row: dict[str, Any]) -> float:
+    return config.mixture.get(row.get("source", ""), 1.0)
+
+
 def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
     folder = work / "tokenizer"
     if config.init is not None:
@@ -159,7 +163,7 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
 
         def texts() -> Iterator[str]:
             for row in _rows(config):
-                if example_key(row) % 5 == 0 and config.mixture.get(row.get("source", ""), 1.0) >= 0.1:
+                if example_key(row) % 5 == 0 and _rate(config, row) >= 0.1:
                     yield row_text(row)
 
         fresh = train_tokenizer(texts(), config.vocab_size, config.context)
@@ -193,7 +197,7 @@ def _blocks(
             progress.advance(task)
             key = example_key(row)
             held = key % HELD_OUT == 0
-            rate = config.mixture.get(row.get("source", ""), 1.0)
+            rate = _rate(config, row)
             count = copies(row, 1.0 if held and rate else rate)
             if not count:
                 continue
@@ -355,7 +359,7 @@ def _against_loops(
 ) -> list[dict[str, float]]:
     if not config.unlikelihood_steps:
         return []
-    rows = (r for r in _rows(config) if "messages" in r and config.mixture.get(r.get("source", ""), 1.0) > 0)
+    rows = (r for r in _rows(config) if "messages" in r and _rate(config, r) > 0)
     prompts = {example_key(r): r["messages"][0]["content"] for r in rows}
     keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
 
