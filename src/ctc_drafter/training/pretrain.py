@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,6 +26,7 @@ from ..files import write_folder
 from ..jsonl import read_jsonl
 from ..target.loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
+from .cross_entropy import block_loss, chunk_step
 from .data import Exclusion, chat_ids, copies, example_key, messages_of, row_text, text_key
 from .optim import (
     fp32_masters,
@@ -40,7 +40,6 @@ from .tokenizer import train_tokenizer
 from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
-CHUNK = 512
 
 
 @dataclass
@@ -229,58 +228,6 @@ def _pack(pairs: list[Any], block: int, seed: int) -> torch.Tensor:
 # ---------------------------------------------------------------- optimization
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy plus z-loss of hidden @ weight.T against labels, without holding all logits at once.
-
-    hidden (n, d), weight (V, d), labels (n) with -100 ignored. Gradients are formed chunk by chunk in the forward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_step: Any
-    ) -> torch.Tensor:
-        count = (labels != IGNORE).sum().clamp_min(1).float()
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        total = torch.zeros((), device=hidden.device)
-        for i in range(0, hidden.shape[0], CHUNK):
-            h, y = hidden[i : i + CHUNK], labels[i : i + CHUNK]
-            loss, grad_hidden[i : i + CHUNK], part = chunk_step(h, weight, y, count)
-            grad_weight += part
-            total += loss
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None
-
-
-def _chunk_step(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, count: torch.Tensor, z_loss: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss / count of a chunk, and its gradients by hidden and weight."""
-    logits = (hidden @ weight.T).float()
-    lse = logits.logsumexp(-1, keepdim=True)
-    counts = (labels != IGNORE)[:, None] / count
-    hit = torch.arange(weight.shape[0], device=labels.device) == labels[:, None]
-    loss = ((lse - (logits * hit).sum(-1, keepdim=True)) * counts).sum()
-    grad = (((logits - lse).exp() * (1 + 2 * z_loss * lse) - hit.float()) * counts).to(hidden.dtype)
-    return loss, grad @ weight, grad.T @ hidden
-
-
-def _loss(model: Any, body: Callable[..., Any], block: torch.Tensor, chunk_step: Any) -> torch.Tensor:
-    block = block.to(model.device)
-    hidden = body(input_ids=block[:, 0].long(), use_cache=False).last_hidden_state
-    hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    labels = block[:, 1, 1:].reshape(-1).long()
-    padding = -len(labels) % CHUNK  # one chunk shape, one compilation
-    hidden, labels = F.pad(hidden, (0, 0, 0, padding)), F.pad(labels, (0, padding), value=IGNORE)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, labels, chunk_step)  # type: ignore[no-untyped-call]
-    return loss
-
-
 def _new_model(config: PretrainConfig, tokenizer: Any) -> Any:
     if config.init is not None:
         return LlamaForCausalLM.from_pretrained(config.init, dtype=torch.float32)
@@ -314,10 +261,10 @@ def _optimize(
     model = model.to(resolve_device(config.device))
     masters = fp32_masters(model)
     model = model.to(getattr(torch, config.dtype))
-    chunk_step: Any = partial(_chunk_step, z_loss=config.z_loss)
+    per_chunk: Any = partial(chunk_step, z_loss=config.z_loss)
     body: Any = model.model
     if config.compile:
-        body, chunk_step = torch.compile(body), torch.compile(chunk_step)
+        body, per_chunk = torch.compile(body), torch.compile(per_chunk)
     optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
     start, history = 0, []
     if recover_training_state(work / "state"):
@@ -329,7 +276,7 @@ def _optimize(
     for step in range(start, config.steps):
         factor = learning_rate_factor(step, config.steps, config.warmup, config.decay)
         set_learning_rates(optimizers, (config.lr_matrix, config.lr_other), factor)
-        loss = _loss(model, body, _batch(blocks, step, config), chunk_step)
+        loss = block_loss(model, body, _batch(blocks, step, config), per_chunk)
         loss.backward()
         gradients_to_masters(model, masters)
         torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
@@ -365,7 +312,7 @@ def _against_loops(
 
     def language_loss(step: int) -> torch.Tensor:
         block = _batch(blocks, config.steps + step, config)[: max(1, config.batch // 2)]
-        return _loss(model, model.model, block, partial(_chunk_step, z_loss=config.z_loss))
+        return block_loss(model, model.model, block, partial(chunk_step, z_loss=config.z_loss))
 
     history = unlikelihood(
         model,
@@ -394,7 +341,7 @@ def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Ten
 @torch.no_grad()
 def _held_out_loss(model: Any, held: torch.Tensor, config: PretrainConfig, limit: int = 48) -> float:
     losses = [
-        _loss(model, model.model, held[i : i + config.batch], partial(_chunk_step, z_loss=0.0)).item()
+        block_loss(model, model.model, held[i : i + config.batch], partial(chunk_step, z_loss=0.0)).item()
         for i in range(0, min(limit, len(held)), config.batch)
     ]
     return sum(losses) / len(losses)
