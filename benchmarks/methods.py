@@ -34,6 +34,7 @@ from common import FILES, about, command
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCConfig
+from ctc_drafter.errors import UserError
 
 LAYERS = [2, 4, -1]
 CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 7, "labels": 6}
@@ -53,9 +54,9 @@ TABLE: dict[str, Method] = {
     "hydra": Method("hydra"),
     "eagle": Method("eagle"),
     "paper": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
-    "parallel": Method("parallel", {"feature_layers": LAYERS, "label_context": True}),
-    "ctc": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
-    "ctc-last": Method("ctc", {**CONTEXT, "feature_layers": [-1]}),
+    "parallel": Method("parallel", {"label_context": True}),
+    "ctc": Method("ctc", CONTEXT),
+    "ctc-three-layers": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
 }
 """Table 1."""
 
@@ -70,10 +71,8 @@ IDEAS: dict[str, Method] = {
     "medusa": TABLE["medusa"],
     "eagle": TABLE["eagle"],
     "ours": TABLE["ctc"],
-    "last-layer-only": TABLE["ctc-last"],
+    "three-layers": TABLE["ctc-three-layers"],
     "two-layers": Method("ctc", {**OURS, "layers": 2}),
-    "last-two-layers": Method("ctc", {**OURS, "feature_layers": [-1], "layers": 2}),
-    "last-anchors-128": Method("ctc", {**OURS, "feature_layers": [-1]}, {"anchors": 128}),
     "parallel": TABLE["parallel"],
     "no-context": Method("ctc", {**OURS, "topology": "merge"}),
     "whole-label": Method("ctc", {**OURS, "objective": "label"}),
@@ -164,7 +163,12 @@ def main() -> None:
     check_output(options.json, options.overwrite)
     if options.features:
         cache_features(options)
-    runs = [(name, method, seed) for seed in options.seeds for name, method in methods(options.kind).items()]
+    rows = methods(options.kind)
+    unknown = set(options.methods or ()) - set(rows)
+    if unknown:
+        raise UserError(f"--methods {min(unknown)} is none of {', '.join(rows)}.")
+    chosen = {name: method for name, method in rows.items() if name in (options.methods or rows)}
+    runs = [(name, method, seed) for seed in options.seeds for name, method in chosen.items()]
     with ThreadPoolExecutor(options.jobs) as pool:
         trained = list(pool.map(lambda run: train(*run, options), runs))
     folders = [
@@ -216,6 +220,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="Distilled answers of that target.")
     parser.add_argument("--eval", type=Path, required=True, help="Folder with the files of prompts.")
     parser.add_argument("--files", nargs="+", default=list(FILES), help="Of that folder.")
+    parser.add_argument("--methods", nargs="+", help="Only these rows.")
     parser.add_argument("--work", type=Path, required=True, help="Folder of the trained drafters.")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--features", help="Keep the target's features here: it runs over the data once.")

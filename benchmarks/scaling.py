@@ -59,9 +59,7 @@ def prepare(size: str, options: argparse.Namespace) -> Path:
     recipe |= {"target": str(target), "output": str(answers), "dtype": options.dtype}
     made(folder, "distill", recipe, folder / "distilled.done", threads)
     (folder / "distilled.done").touch()
-    layers = SIZES[size]["layers"]
-    content = {"feature_layers": sorted({max(1, layers // 3), max(1, 2 * layers // 3)}) + [-1], "slots": 7, "labels": 6}
-    content |= {"topology": "label-context", "objective": "prefix", "vocabulary": 2048}
+    content = {"slots": 7, "labels": 6, "topology": "label-context", "objective": "prefix", "vocabulary": 2048}
     recipe = {"target": str(target), "data": [str(answers)], "output": str(drafter), "kind": "ctc", "drafter": content}
     recipe |= {"steps": options.drafter_steps, "decay": options.drafter_steps * 2 // 5, "dtype": options.dtype}
     made(folder, "train", recipe, drafter / "run.yaml", threads)

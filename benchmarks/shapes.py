@@ -29,7 +29,7 @@ from ctc_drafter.acceptance import accepted_paths, largest
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, compile_passes
-from ctc_drafter.target import LAST, Target
+from ctc_drafter.target import Target
 from ctc_drafter.target.loading import resolve_device, resolve_dtype
 from ctc_drafter.tree import DraftTree
 
@@ -81,9 +81,8 @@ def build(name: str, options: argparse.Namespace) -> Target:
 
 
 def drafter_of(target: Target, vocabulary: int) -> CTCDrafter:
-    """The CTC drafter at its recipe's size with random weights, on three layers of the target."""
-    layers = sorted({max(1, target.num_layers // 3), max(1, 2 * target.num_layers // 3)})
-    return CTCDrafter(CTCConfig(slots=7, labels=6, feature_layers=[*layers, LAST], vocabulary=vocabulary), target)
+    """The CTC drafter at its recipe's size with random weights."""
+    return CTCDrafter(CTCConfig(slots=7, labels=6, vocabulary=vocabulary), target)
 
 
 def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:

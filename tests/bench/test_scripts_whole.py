@@ -100,6 +100,6 @@ def test_every_method_of_the_field(prompts: Path, tmp_path: Path) -> None:
     path = tmp_path / "results" / "table.json"
     own = ("--target", target, "--data", data, "--eval", tmp_path, "--files", prompts.name, "--work", tmp_path / "work")
     content = result_of("methods", path, "table", *own, "--steps", 2, "--jobs", 2, "--budgets", 4, "--limit", 1)
-    methods = {"lookup", "medusa", "hydra", "eagle", "paper", "ctc", "ctc-last", "parallel"}
+    methods = {"lookup", "medusa", "hydra", "eagle", "paper", "ctc", "ctc-three-layers", "parallel"}
     assert {row["method"] for row in content["rows"]} == methods
     assert {f.name for f in path.parent.glob("table-*.json")} == {f"table-{name}-4.json" for name in methods}

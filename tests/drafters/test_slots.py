@@ -76,7 +76,7 @@ def test_steps_equal_the_training_pass(drafter: SlotDrafter, chunks: list[int]) 
     width = target.hidden_size * len(drafter.feature_layers)
     features, tokens = torch.randn(1, length, width), torch.randint(0, target.vocab_size, (1, length))
     with torch.no_grad():
-        context = drafter.module.context(features, target.embedding(tokens))
+        context = drafter.module.pairs(features, target.embedding(tokens))
         want = F.linear(drafter.module(context, torch.arange(length)[None]), drafter.head_rows())
         drafter.start(length)
         end = 0
@@ -125,9 +125,9 @@ def test_anchors_see_no_future(drafter: SlotDrafter) -> None:
     embedded = target.embedding(torch.randint(0, target.vocab_size, (1, 9)))
     anchors = torch.tensor([[4, 8]])
     with torch.no_grad():
-        before = drafter.module(drafter.module.context(features, embedded), anchors)
+        before = drafter.module(drafter.module.pairs(features, embedded), anchors)
         features[:, 5:] += 1
-        after = drafter.module(drafter.module.context(features, embedded), anchors)
+        after = drafter.module(drafter.module.pairs(features, embedded), anchors)
     torch.testing.assert_close(before[:, 0], after[:, 0])
     assert not torch.allclose(before[:, 1], after[:, 1])
 

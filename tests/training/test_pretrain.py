@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
+from ctc_drafter.training import cross_entropy
 from ctc_drafter.training import pretrain as module
 from ctc_drafter.training.pretrain import PretrainConfig, pretrain
 
@@ -187,15 +188,15 @@ def test_short_evaluation_prompts_are_dropped(
 def test_chunked_loss_is_cross_entropy_with_z_loss() -> None:
     """Value and gradients, against autograd on the whole matrix."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(module.CHUNK + 40, 8), torch.randn(30, 8)
-    labels = torch.randint(0, 30, (module.CHUNK + 40,))
+    hidden, weight = torch.randn(cross_entropy.CHUNK + 40, 8), torch.randn(30, 8)
+    labels = torch.randint(0, 30, (cross_entropy.CHUNK + 40,))
     labels[::5] = -100
     results = []
     for chunked in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunked:
-            step = partial(module._chunk_step, z_loss=0.01)
-            loss = module._ChunkedCrossEntropy.apply(h, w, labels, step)
+            step = partial(cross_entropy.chunk_step, z_loss=0.01)
+            loss = cross_entropy._ChunkedCrossEntropy.apply(h, w, labels, step)
         else:
             logits = h @ w.T
             loss = torch.nn.functional.cross_entropy(logits, labels)

@@ -102,8 +102,9 @@ class DraftLayer(nn.Module):
 class DraftModule(nn.Module):
     """Fuse (feature, next token) pairs into a context, and run N slot queries over it.
 
-    The pair j stands at position j + 1, that of its token; slot i of anchor t at position t + 2 + i. A slot query is
-    the newest pair (which holds the root) plus the slot's own embedding.
+    The pair j stands at position j + 1, that of its token; slot i of anchor t at position t + 2 + i. Of the newest pair
+    p (which holds the root) the context is F p, and slot i starts from (F + A_i) p + e_i: the layers after it are the
+    same for all slots, so that with e_i alone they tell the slots apart too little.
     """
 
     cos: torch.Tensor
@@ -118,6 +119,11 @@ class DraftModule(nn.Module):
         self.feature_norm = nn.Parameter(torch.ones(features, width))
         self.fuse = nn.Linear((features + 1) * width, width, bias=False)
         self.slot_embedding = nn.Parameter(torch.randn(slots, width) * 0.02)
+        own = [nn.Linear(self.fuse.in_features, width, bias=False) for _ in range(slots)]
+        self.slot_layers: Any = nn.ModuleList(own)
+        for linear in own:
+            nn.init.zeros_(linear.weight)
+        self.register_load_state_dict_pre_hook(_without_slot_layers)  # type: ignore[no-untyped-call]
         # Typed as what it holds; nn.ModuleList itself only knows Module.
         self.layers: Any = nn.ModuleList([DraftLayer(width, inner, heads, kv_heads, eps) for _ in range(layers)])
         self.norm = nn.RMSNorm(width, eps)
@@ -128,12 +134,10 @@ class DraftModule(nn.Module):
         self._length = 0
         self._ready: tuple[nn.Linear, ...] = ()
 
-    def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """features (B, n, F * width), embeddings of the next tokens (B, n, width) -> (B, n, width)."""
+    def pairs(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """features (B, n, F * width), embeddings of the next tokens (B, n, width) -> (B, n, (F + 1) * width)."""
         parts = self._parts(features, embedded)
-        normed = F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * self._gain()
-        out: torch.Tensor = self.fuse(normed.flatten(-2))
-        return out
+        return (F.rms_norm(parts, parts.shape[-1:], eps=1e-6) * self._gain()).flatten(-2)
 
     def _parts(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """(B, n, F + 1, width)."""
@@ -148,13 +152,23 @@ class DraftModule(nn.Module):
 
     def prepare(self) -> list[nn.Linear]:
         """Fold norms into the products after them, for the methods below; returns the linear layers that these use."""
-        self._ready = (linear_of(fold_norm(self.fuse.weight, self._gain())),)
+        of_slots = torch.cat([self.fuse.weight + layer.weight for layer in self.slot_layers])
+        self._ready = tuple(linear_of(fold_norm(weight, self._gain())) for weight in (self.fuse.weight, of_slots))
         return [*self._ready, *(linear for layer in self.layers for linear in layer.prepare())]
 
     def read(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """`context` with what `prepare` has folded."""
-        out: torch.Tensor = self._ready[0](unit_norm(self._parts(features, embedded)).flatten(-2))
+        """`pairs`, for the methods below, which know their norms."""
+        return unit_norm(self._parts(features, embedded)).flatten(-2)
+
+    def fused(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Pairs (..., (F + 1) * width) -> the context, (..., width)."""
+        out: torch.Tensor = self._ready[0](pairs)
         return out
+
+    def ask(self, newest: torch.Tensor) -> torch.Tensor:
+        """The newest pairs (B, (F + 1) * width) -> where their slots start, (B, N, width)."""
+        of_slots: torch.Tensor = self._ready[1](newest).unflatten(-1, (self.slots, -1))
+        return of_slots + self.slot_embedding
 
     def fold(self, head: torch.Tensor) -> torch.Tensor:
         """The weight (C, width) of an LM head that reads what `step` and `together` return."""
@@ -190,11 +204,11 @@ class DraftModule(nn.Module):
         """Slots after the last layer -> what `step` returns."""
         return unit_norm(x)
 
-    def step(self, context: torch.Tensor) -> torch.Tensor:
-        """Append context (1, n, width) to the cache and run the slots after it: (1, N, width), for a head of `fold`."""
-        start, n = self._length, context.shape[1]
+    def step(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Append pairs (1, n, .) of `read` to the cache and run slots after it: (1, N, width), for a head of `fold`."""
+        start, n = self._length, pairs.shape[1]
         end = start + n + self.slots
-        x = context[:, -1:] + self.slot_embedding
+        context, x = self.fused(pairs), self.ask(pairs[:, -1])
         cos, sin = self.cos[start + 1 : end + 1], self.sin[start + 1 : end + 1]
         for layer, (k_all, v_all) in zip(self.layers, self._keys_values):
             q, k, v = layer.heads_of(torch.cat([context, x], 1), cos, sin)
@@ -208,18 +222,19 @@ class DraftModule(nn.Module):
         self._length = start + n
         return self.normed(x)
 
-    def together(self, modules: Sequence[DraftModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def together(self, modules: Sequence[DraftModule], pairs: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """`step` of several modules that share weights: (B, N, width).
 
-        context (1, sum of counts, width): each one's new pairs, one module after the other. Products with weights run
+        pairs (1, sum of counts, .): each one's new pairs, one module after the other. Products with weights run
         over all of them at once; attention reads each one's own cache, so it goes one by one and nothing is padded.
         """
-        size, slots, device = sum(counts), self.slots, context.device
+        size, slots, device = sum(counts), self.slots, pairs.device
         ends = [module._length + n for module, n in zip(modules, counts)]
         spans = [(end - n, end) for end, n in zip(ends, counts)] + [(end, end + slots) for end in ends]
         positions = torch.cat([torch.arange(a + 1, b + 1, device=device) for a, b in spans])
         cos, sin = self.cos[positions], self.sin[positions]
-        x = context[0, torch.tensor(counts, device=device).cumsum(0) - 1][:, None] + self.slot_embedding
+        context = self.fused(pairs)
+        x = self.ask(pairs[0, torch.tensor(counts, device=device).cumsum(0) - 1])
         for index, layer in enumerate(self.layers):
             q, k, v = layer.heads_of(torch.cat([context, x.flatten(0, 1)[None]], 1), cos, sin)
             pieces = zip(
@@ -256,11 +271,13 @@ class DraftModule(nn.Module):
 
     # ------------------------------------------------------------ training
 
-    def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        """context (B, T, width), anchors (B, A) -> slots (B, A, N, width); the same numbers as `step`, many at once."""
-        _, length, width = context.shape
-        count = anchors.shape[1]
-        x = context.gather(1, anchors[..., None].expand(-1, -1, width))[:, :, None] + self.slot_embedding
+    def forward(self, pairs: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """pairs (B, T, .), anchors (B, A) -> slots (B, A, N, width); the same numbers as `step`, many at once."""
+        length, count = pairs.shape[1], anchors.shape[1]
+        context = self.fuse(pairs)
+        newest = pairs.gather(1, anchors[..., None].expand(-1, -1, pairs.shape[2]))
+        own = torch.stack([layer(newest) for layer in self.slot_layers], -2)
+        x = self.fuse(newest)[:, :, None] + own + self.slot_embedding
         positions = anchors[..., None] + 2 + torch.arange(self.slots, device=anchors.device)
         cos, sin = (t[positions].flatten(1, 2)[:, None] for t in (self.cos, self.sin))
         seen = torch.arange(length, device=anchors.device) <= anchors[..., None]
@@ -274,6 +291,13 @@ class DraftModule(nn.Module):
             x = layer.finish(x, attended.unflatten(1, (count, self.slots)))
         out: torch.Tensor = self.norm(x)
         return out
+
+
+def _without_slot_layers(module: DraftModule, weights: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    """Checkpoints from before `slot_layers` mean zeros by not having them."""
+    if f"{prefix}slot_embedding" in weights and not any(name.startswith(f"{prefix}slot_layers.") for name in weights):
+        for i, layer in enumerate(module.slot_layers):
+            weights[f"{prefix}slot_layers.{i}.weight"] = torch.zeros_like(layer.weight)
 
 
 def _attend(

@@ -45,8 +45,8 @@ class Draft(nn.Module):
         pairs = start + torch.arange(rows, device=device)
         own = start + count + queries
         with self.joint.used():
-            context = module.read(features, self.embedding(tokens))
-            x = context.index_select(1, (count - 1)[None]) + module.slot_embedding
+            read = module.read(features, self.embedding(tokens))
+            context, x = module.fused(read), module.ask(read[0].index_select(0, (count - 1)[None]))
             positions = torch.cat([pairs, own]) + 1
             cos, sin = module.cos[positions], module.sin[positions]
             mask = torch.zeros(size, dtype=context.dtype, device=device)

@@ -22,7 +22,7 @@ class HeadsModule(nn.Module):
         nn.init.zeros_(self.blocks.weight)
         nn.init.zeros_(self.blocks.bias)
 
-    def context(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+    def pairs(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """The features (B, n, width) themselves; the next tokens are not seen."""
         return features
 
@@ -31,8 +31,8 @@ class HeadsModule(nn.Module):
         return [self.blocks]
 
     def read(self, features: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-        """`context`."""
-        return self.context(features, embedded)
+        """`pairs`."""
+        return self.pairs(features, embedded)
 
     def fold(self, head: torch.Tensor) -> torch.Tensor:
         """The LM head itself."""
@@ -47,17 +47,17 @@ class HeadsModule(nn.Module):
     def rewind(self, length: int) -> None:
         """There is no cache."""
 
-    def step(self, context: torch.Tensor) -> torch.Tensor:
-        """Slots after the newest feature of context (1, n, width): (1, N, width)."""
-        return self._slots(context[:, -1])
+    def step(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Slots after the newest of the features `pairs` (1, n, width): (1, N, width)."""
+        return self._slots(pairs[:, -1])
 
-    def together(self, modules: Sequence[HeadsModule], context: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def together(self, modules: Sequence[HeadsModule], pairs: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """`step` for several at once, see `DraftModule.together`."""
-        return self._slots(context[0, torch.tensor(counts, device=context.device).cumsum(0) - 1])
+        return self._slots(pairs[0, torch.tensor(counts, device=pairs.device).cumsum(0) - 1])
 
-    def forward(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-        """context (B, T, width), anchors (B, A) -> slots (B, A, N, width)."""
-        return self._slots(context.gather(1, anchors[..., None].expand(-1, -1, context.shape[-1])))
+    def forward(self, pairs: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """pairs (B, T, width), anchors (B, A) -> slots (B, A, N, width)."""
+        return self._slots(pairs.gather(1, anchors[..., None].expand(-1, -1, pairs.shape[-1])))
 
     def _slots(self, x: torch.Tensor) -> torch.Tensor:
         return x[..., None, :] + F.silu(self.blocks(x).unflatten(-1, (self.slots, -1)))

@@ -181,8 +181,8 @@ class SlotDrafter(TrainableDrafter):
             for part in zip(*(t.split(self._compiled[0].pairs, 1) for t in (features, next_tokens))):
                 logits = self._compiled[0](self.module, *part)
             return logits, next_tokens[:, -1:]
-        context = self.module.read(features, self.target.embedding(next_tokens))
-        return self.slot_logits(self.module.step(context)), next_tokens[:, -1:]
+        pairs = self.module.read(features, self.target.embedding(next_tokens))
+        return self.slot_logits(self.module.step(pairs)), next_tokens[:, -1:]
 
     def draft_together(
         self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -190,8 +190,8 @@ class SlotDrafter(TrainableDrafter):
         features, tokens = (torch.cat(parts, 1) for parts in zip(*pairs))
         counts = [next_tokens.shape[1] for _, next_tokens in pairs]
         self._packed[0].prepare(len(twins) * self.config.slots, after=PATIENCE)
-        context = self.module.read(features, self.target.embedding(tokens))
-        logits = self.slot_logits(self.module.together([twin.module for twin in twins], context, counts))
+        read = self.module.read(features, self.target.embedding(tokens))
+        logits = self.slot_logits(self.module.together([twin.module for twin in twins], read, counts))
         return [(row, next_tokens[:, -1:]) for row, (_, next_tokens) in zip(logits.split(1), pairs)]
 
     def slot_logits(self, slots: torch.Tensor) -> torch.Tensor:
@@ -234,8 +234,8 @@ class SlotDrafter(TrainableDrafter):
         self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots (B * A, N, width) at the anchors (B, A), and the root tokens (B * A,)."""
-        context = self.module.context(features[:, :-1], self.target.embedding(token_ids[:, 1:]))
-        return self.module(context, anchors).flatten(0, 1), token_ids.gather(1, anchors + 1).flatten()
+        pairs = self.module.pairs(features[:, :-1], self.target.embedding(token_ids[:, 1:]))
+        return self.module(pairs, anchors).flatten(0, 1), token_ids.gather(1, anchors + 1).flatten()
 
     def in_pieces(self, scores: Scores, slots: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """scores(logits (A', N, C), *others) over all anchors, the first axis of every tensor; its results joined.
