@@ -51,6 +51,21 @@ def test_round_trip(config: dict[str, Any], target: Target, tmp_path: Path) -> N
     assert torch.equal(drafts(loaded), drafts(fresh))
 
 
+def test_weights_from_before_slot_layers_mean_zeros(copy: Path, target: Target) -> None:
+    """They draft as they did; but one of the matrices alone missing is damage."""
+    whole = load_file(copy / "model.safetensors")
+    own = sorted(name for name in whole if ".slot_layers." in name)
+    edit(copy, lambda c: c.pop("weights_sha256"))
+    save_file(
+        {name: torch.zeros_like(w) if name in own else w for name, w in whole.items()}, copy / "model.safetensors"
+    )
+    want = drafts(load_drafter(str(copy), target))
+    save_file({name: w for name, w in whole.items() if name not in own}, copy / "model.safetensors")
+    assert own and torch.equal(drafts(load_drafter(str(copy), target)), want)
+    save_file({name: w for name, w in whole.items() if name != own[0]}, copy / "model.safetensors")
+    assert own[0] in refused(copy, target)
+
+
 def test_config_follows_the_convention(drafter_folder: Path, target: Target) -> None:
     config = json.loads((drafter_folder / "config.json").read_text())
     assert config["speculators_model_type"] == "ctc" and config["architectures"] == ["CTCDrafter"]

@@ -398,6 +398,13 @@ def test_weights_are_written_as_the_recipe_says(recipe: TrainConfig, target: Tar
     for name, tensor in full.items():
         assert torch.equal(small[name], tensor.bfloat16() if tensor.is_floating_point() else tensor), name
     load_drafter(recipe.output, target)
+    smaller = weights(train(replace(recipe, store="float8_e4m3fn")))
+    eight = {name for name, tensor in smaller.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {"module.fuse.weight", "module.layers.0.q.weight", "module.slot_layers.0.weight"} <= eight
+    assert not any("norm" in name or "embedding" in name or "blank" in name for name in eight)
+    for name in eight:
+        torch.testing.assert_close(smaller[name].float(), full[name], rtol=0.07, atol=0.001, msg=name)
+    load_drafter(recipe.output, target)
 
 
 def test_init_that_does_not_fit_is_refused(recipe: TrainConfig, tmp_path: Path) -> None:

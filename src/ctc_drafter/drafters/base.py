@@ -255,6 +255,8 @@ class TrainableDrafter(Drafter):
 
 def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     weight = weight.detach().to("cpu").contiguous()
+    if dtype == torch.float8_e4m3fn and (weight.ndim < 2 or min(weight.shape) < 16):
+        dtype = torch.bfloat16  # norms, embeddings of slots, the blank: eight bits would save nothing there
     return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
 
 

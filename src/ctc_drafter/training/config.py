@@ -62,8 +62,8 @@ class TrainConfig:
     """Draft nodes in each step of these answers."""
     checkpoint_every: int = 100
     dtype: str = "bfloat16"
-    store: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the written weights; auto: as `dtype`."""
+    store: Literal["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"] = "auto"
+    """Of the written weights; auto: as `dtype`. In eight bits only matrices are, what is smaller stays in bfloat16."""
     device: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
