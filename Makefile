@@ -82,8 +82,8 @@ PART_1 := --set target=runs/embedded/target-1
 embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml $(PART_1) --set output=runs/embedded/distilled-1.jsonl
-	for name in embedded-ctc paper; do $(BIN)/ctc-drafter train --config recipes/$$name.yaml $(PART_1) --set init=null \
-	  --data runs/embedded/distilled-1.jsonl --output runs/embedded/$${name#embedded-}-1 --set steps=1000 --set decay=400 || exit; done
+	$(BIN)/ctc-drafter train --config recipes/paper.yaml $(PART_1) --set init=null --data runs/embedded/distilled-1.jsonl \
+	  --output runs/embedded/paper-1 --set steps=1000 --set decay=400
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-2.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml

@@ -22,7 +22,7 @@ not ask it for facts, and read figures measured on it as figures of the method a
 
 Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml`, `embedded-distill.yaml`,
 `embedded-ctc.yaml`, `paper.yaml`).
-Weights are safetensors in bfloat16; licence Apache-2.0.
+Weights are safetensors in bfloat16, those of `ctc/` in eight bits; licence Apache-2.0.
 
 ## Data
 
@@ -48,8 +48,8 @@ hundred, with all its answers, was held out (of both parts' own data, so their h
 
 ## Drafters: held-out figures while training
 
-Both began as the drafters of the first part's target, trained for 1,000 steps each; these are the steps on the shipped target. `paper/` was
-given fewer of them than `ctc/`, so the two do not compare as methods.
+`ctc/` was trained from nothing on the answers of `recipes/embedded-distill.yaml`; its matrices are stored in eight bits. `paper/` began as the drafter of the first part's
+target, trained for 1,000 steps; these are its steps on the shipped target, fewer than those of `ctc/`, so the two do not compare as methods.
 
 {drafters}
 
