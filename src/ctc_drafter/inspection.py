@@ -145,7 +145,7 @@ def _compare(folder: Path, drafter: TrainableDrafter) -> str:
 def _check_values(folder: Path, vocabulary: Any) -> str:
     with safe_open(_weights_file(folder), "pt") as opened:
         names = list(opened.keys())
-        bad = [name for name in names if not bool(opened.get_tensor(name).isfinite().all())]
+        bad = [name for name in names if not bool(opened.get_tensor(name).float().isfinite().all())]
         if bad:
             raise UserError(f"not finite: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}")
         if "kept" in names:

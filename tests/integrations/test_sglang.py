@@ -307,7 +307,7 @@ def test_arguments_are_filled_in(read_version: None) -> None:
     sglang.check_arguments(args)
     assert (args.speculative_num_draft_tokens, args.return_hidden_states_mode) == (sglang.DRAFT_TOKENS, "full")
     assert args.disable_overlap_schedule and not args.enable_mixed_chunk
-    assert sglang.drafter_layers("ctc") == (2, 4, -1)
+    assert sglang.drafter_layers("ctc") == (-1,)
 
 
 @pytest.mark.parametrize(
