@@ -161,13 +161,13 @@ def main() -> None:
     options = _arguments()
     ablation = options.kind == "ablation"
     check_output(options.json, options.overwrite)
-    if options.features:
-        cache_features(options)
     rows = methods(options.kind)
     unknown = set(options.methods or ()) - set(rows)
     if unknown:
         raise UserError(f"--methods {min(unknown)} is none of {', '.join(rows)}.")
     chosen = {name: method for name, method in rows.items() if name in (options.methods or rows)}
+    if options.features:
+        cache_features(options)
     runs = [(name, method, seed) for seed in options.seeds for name, method in chosen.items()]
     with ThreadPoolExecutor(options.jobs) as pool:
         trained = list(pool.map(lambda run: train(*run, options), runs))

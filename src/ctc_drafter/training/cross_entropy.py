@@ -45,7 +45,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunk_step(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, count: torch.Tensor, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss / count of a chunk, and its gradients by hidden and weight."""
+    """Summed loss / count of a chunk, and its gradients by hidden and weight.
+
+    hidden (n, d), weight (V, d), labels (n) with -100 ignored; count (): labels of all chunks; z_loss: weight of lse^2.
+    """
     logits = (hidden @ weight.T).float()
     lse = logits.logsumexp(-1, keepdim=True)
     counts = (labels != IGNORE)[:, None] / count
