@@ -37,7 +37,7 @@ from ctc_drafter.drafters import CTCConfig
 from ctc_drafter.errors import UserError
 
 LAYERS = [2, 4, -1]
-CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 7, "labels": 6}
+CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 9, "labels": 8}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ TABLE: dict[str, Method] = {
     "hydra": Method("hydra"),
     "eagle": Method("eagle"),
     "paper": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
-    "parallel": Method("parallel", {"label_context": True}),
+    "parallel": Method("parallel", {"label_context": True, "slots": 8, "labels": 8}),
     "ctc": Method("ctc", CONTEXT),
     "ctc-three-layers": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
 }
@@ -76,8 +76,9 @@ IDEAS: dict[str, Method] = {
     "parallel": TABLE["parallel"],
     "no-context": Method("ctc", {**OURS, "topology": "merge"}),
     "whole-label": Method("ctc", {**OURS, "objective": "label"}),
-    "six-slots": Method("ctc", {**OURS, "slots": 6}),
-    "nine-slots": Method("ctc", {**OURS, "slots": 9}),
+    "six-labels": Method("ctc", {**OURS, "slots": 7, "labels": 6}),
+    "eight-slots": Method("ctc", {**OURS, "slots": 8}),
+    "twelve-slots": Method("ctc", {**OURS, "slots": 12}),
     "decay-1": Method("ctc", {**OURS, "decay": 1.0}),
     "rank-32": Method("ctc", {**OURS, "context_rank": 32}),
     "anchors-24": Method("ctc", OURS, {"anchors": 24}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ctc_drafter.acceptance import Sampling
 from ctc_drafter.decoding import PHASES, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
 from helpers import (
     BUILDS,
@@ -71,6 +73,36 @@ def test_any_drafter(build: Build, budget: int, target: Target, prompt: list[int
     out, steps = run(target, scripted(build, target, prompt, answer), prompt, TOKENS, budget=budget)
     assert out == answer
     assert sum(len(s.tokens) for s in steps[:-1]) == 1 + sum(s.accepted + 1 for s in steps[1:-1])
+
+
+class Wandering(Pace):
+    """Takes its candidates in turn, and notes what it is told."""
+
+    def __init__(self, budgets: Sequence[int]) -> None:
+        super().__init__(budgets)
+        self.told: list[tuple[int, int, int]] = []
+
+    def choose(self, rows: int, most: int | None = None) -> int:
+        return self.budgets[len(self.told) % len(self.budgets)]
+
+    def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
+        assert seconds > 0
+        self.told.append((rows, budget, tokens))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_budget_chosen_anew_in_every_pass(
+    temperature: float, target: Target, drafter_folder: Path, prompt: list[int]
+) -> None:
+    """Plain passes among drafted ones change nothing of the text, and the drafter reads what it missed."""
+    drafter, sampling = load_drafter(str(drafter_folder), target), Sampling(temperature=temperature, seed=3)
+    pace = Wandering([0, 8, 3, 0, 0])
+    out, steps = run(target, drafter, prompt, TOKENS, budget=8, sampling=sampling, pace=pace)
+    assert out == run(target, NoDrafter(), prompt, TOKENS, budget=0, sampling=sampling)[0]
+    assert [step.drafted for step in steps[1:6]] == [0, 8, 3, 0, 0]
+    assert pace.told == [(1, step.drafted, len(step.tokens)) for step in steps[1:]]
+    again = Wandering([8])
+    assert run(target, drafter, prompt, TOKENS, budget=8, sampling=sampling, pace=again)[0] == out
 
 
 @pytest.mark.parametrize("budget", [1, 16])

@@ -60,7 +60,7 @@ class Batch:
         self.context = min(target.max_context, context or target.max_context)
         if prefix_cache < 0:
             raise UserError(f"prefix_cache must be at least 0 bytes, not {prefix_cache}.")
-        self._pace = Pace(_candidates(budget, rows)) if adaptive and budget else None
+        self._pace = Pace.up_to(budget, rows) if adaptive and budget else None
         deepest = max(self._pace.budgets) if self._pace else budget
         if memory_limit is not None:
             self.context = min(self.context, row_context(target, drafter, rows, deepest, memory_limit))
@@ -188,8 +188,3 @@ class Batch:
         """Free the row's place; a twin that served it goes with the row."""
         row = self._rows.pop(key)
         self._loop.leave(row)
-
-
-def _candidates(budget: int, rows: int) -> list[int]:
-    """Budgets of a row, in the order in which they are tried."""
-    return [budget, *([budget // 2] if budget > 1 else []), 0, *([2 * budget] if rows > 1 else [])]

@@ -17,6 +17,7 @@ from .cache import SlotCache
 from .errors import UserError
 from .logprobs import LogProb, log_probs_of
 from .memory import check_fits, spare
+from .pace import Pace
 from .target import Target
 from .target.prefixes import Prefixes
 from .tree import DraftTree
@@ -295,6 +296,7 @@ def generate(
     on_read: Callable[[int], None] | None = None,
     memory_limit: int | None = None,
     log_probs: int | None = None,
+    pace: Pace | None = None,
 ) -> Iterator[Step]:
     """Generate tokens after `prompt_ids`, one Step per pass of the target.
 
@@ -303,7 +305,9 @@ def generate(
     the sample is the one that plain decoding draws. `profile` waits for the GPU at each phase, so that the times of the
     phases are true there. `on_read` is told how many tokens of the prompt are read, as they are. `memory_limit`: bytes
     that keys and values may take. With `log_probs` steps tell the target's log probabilities of their tokens, and so
-    many of the most probable ones. Raises UserError for an empty or too long prompt, and one that may not fit.
+    many of the most probable ones. With a `pace`, made for this budget and kept from call to call, each pass drafts as
+    much as was found to be fastest, or nothing. Raises UserError for an empty or too long prompt, and one that may not
+    fit.
     """
     ending = Ending.of(target, prompt_ids, max_new_tokens, stop)
     if budget < 0:
@@ -314,9 +318,12 @@ def generate(
     step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
     yield step
     while step.finish is None:
-        [(_, step)] = loop.step(budget, Clock(target.device, profile))
+        chosen = budget if pace is None else pace.choose(1, budget)
+        [(_, step)] = loop.step(chosen, Clock(target.device, profile))
         if step.error is not None:
             raise step.error
+        if pace is not None:
+            pace.record(1, chosen, len(step.tokens), sum(step.seconds.values()))
         yield step
 
 

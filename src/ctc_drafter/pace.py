@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Self
 
 WINDOW = 9
 """Passes over which the median time is taken: one that was disturbed does not count."""
@@ -56,6 +57,16 @@ class Pace:
         self._turn = 0
         self._allowance = 0.0
         """Seconds that probes may lose by now."""
+
+    @classmethod
+    def up_to(cls, budget: int, rows: int = 1, compiled: bool = False) -> Self:
+        """Between nothing, half of `budget` and all of it, for up to so many rows; several may use twice as much.
+
+        compiled: passes are, and only those of the budget itself and of nothing.
+        """
+        if compiled:
+            return cls([budget, 0])
+        return cls([budget, *([budget // 2] if budget > 1 else []), 0, *([2 * budget] if rows > 1 else [])])
 
     def choose(self, rows: int, most: int | None = None) -> int:
         """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any)."""

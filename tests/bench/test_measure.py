@@ -26,6 +26,7 @@ from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.loops import ends_in_loop
+from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
 
@@ -146,6 +147,15 @@ def test_measure_interleaves_and_stays_identical(target: Target, drafter_folder:
         assert set(result.totals["categories"]) == {"a", "b"}
     # all contenders share one plain run
     assert [r["plain_seconds"] for r in results[0].rows] == [r["plain_seconds"] for r in results[1].rows]
+
+
+def test_a_pace_learns_over_all_prompts(target: Target, drafter_folder: Path) -> None:
+    """With the compiled passes' two choices, to see both of them: all of the budget, and nothing."""
+    contender = Contender("ctc", load_drafter(str(drafter_folder), target), 4, Pace.up_to(4, compiled=True))
+    prompts = [Prompt(i, "a", (text,)) for i, text in enumerate(["Hello there", "How many apples?"])]
+    (result,) = measure(target, [contender], prompts, max_new_tokens=16)
+    assert all(row["identical"] for row in result.rows)
+    assert contender.pace is not None and all(contender.pace.seconds(budget, 1) for budget in (4, 0))
 
 
 def test_measure_keeps_finished_rows_on_ctrl_c(target: Target, drafter_folder: Path) -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..drafters import compile_passes, load_drafter
 from ..errors import UserError
+from ..pace import Pace
 from ..target import Target
 from ..words import number
 from .measure import Contender, Result, Row, measure, totals
@@ -35,11 +36,13 @@ def run_bench(
     overwrite: bool,
     limit: int | None,
     arguments: dict[str, Any],
+    adaptive: bool = False,
     compile: bool = False,
     **options: Any,
 ) -> None:
     """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end.
 
+    adaptive: let each draft as much as it finds to be fastest, up to the budget; it learns over all the prompts.
     compile: run plain and drafted passes as compiled graphs; the seconds that this takes are printed, and not counted.
     """
     pairs = [(name, budget) for name in dict.fromkeys(drafters) for budget in dict.fromkeys(budgets)]
@@ -49,7 +52,15 @@ def run_bench(
     prompts = load_prompts(prompt_files, limit)
     target = load_target()
     loaded = {name: load_drafter(name, target) for name in dict.fromkeys(drafters)}
-    contenders = [Contender(loaded[name].name, loaded[name], budget) for name, budget in pairs]
+    contenders = [
+        Contender(
+            loaded[name].name,
+            loaded[name],
+            budget,
+            Pace.up_to(budget, compiled=compile) if adaptive else None,
+        )
+        for name, budget in pairs
+    ]
     about: dict[str, Any] = {
         "name": target.name,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -28,7 +28,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 ARGUMENTS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "raw", "profile"),
-    "compile",
+    *("adaptive", "compile"),
 )
 """The arguments of `bench` that change what is generated or how long a step takes."""
 

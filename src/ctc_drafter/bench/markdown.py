@@ -115,7 +115,8 @@ def facts(comparison: Comparison) -> Iterator[str]:
 
 def _sampling(content: dict[str, Any]) -> str:
     temperature = content["arguments"].get("temperature")
-    return f"sampled at temperature {temperature:g}" if temperature else "greedy"
+    how = f"sampled at temperature {temperature:g}" if temperature else "greedy"
+    return f"{how}, drafting as far as it pays" if content["arguments"].get("adaptive") else how
 
 
 # ---------------------------------------------------------------- methods

@@ -30,6 +30,7 @@ from ..decoding import PHASES, Step, generate
 from ..drafters import Drafter, load_drafter
 from ..errors import UserError
 from ..loops import ends_in_loop
+from ..pace import Pace
 from ..target import Target
 from ..tree import DraftTree
 from .prompts import Prompt
@@ -46,6 +47,8 @@ class Contender:
     name: str
     drafter: Drafter
     budget: int
+    pace: Pace | None = None
+    """Chooses how much to draft up to the budget; None: always all of it."""
 
 
 @dataclass
@@ -170,7 +173,7 @@ class _Rotation:
 
     def __init__(self, target: Target, contenders: Sequence[Contender], options: dict[str, Any]) -> None:
         self._target = target
-        self._runners = [(load_drafter("none", target), 0), *((c.drafter, c.budget) for c in contenders)]
+        self._runners = [Contender("none", load_drafter("none", target), 0), *contenders]
         self._options = options
         self._turn = 0
 
@@ -186,10 +189,10 @@ class _Rotation:
         return [done[which] for which in range(n)]
 
     def _run(self, which: int, ids: list[int], limit: int) -> Answer:
-        drafter, budget = self._runners[which]
-        answer = Answer()
+        runner, answer = self._runners[which], Answer()
         _synchronize(self._target)
-        steps = generate(self._target, drafter, ids, budget=budget, **{**self._options, "max_new_tokens": limit})
+        options = {**self._options, "max_new_tokens": limit, "pace": runner.pace}
+        steps = generate(self._target, runner.drafter, ids, budget=runner.budget, **options)
         for _ in timed(steps, answer, self._target):
             pass
         return answer

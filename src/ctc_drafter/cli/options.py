@@ -98,6 +98,13 @@ Compile = Annotated[
     bool,
     typer.Option("--compile", help="Compile the passes first: some seconds, then faster steps, plain and drafted."),
 ]
+Adaptive = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive/--no-adaptive",
+        help="Find out as it goes how much drafting is fastest, and draft so much, or nothing; else always the budget.",
+    ),
+]
 MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="The most memory for keys and values, e.g. 2GiB. Default: none.")
 ]

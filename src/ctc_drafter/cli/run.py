@@ -13,6 +13,7 @@ import typer
 from ..errors import UserError
 from .options import (
     BUDGET,
+    Adaptive,
     Budget,
     Compile,
     DrafterName,
@@ -90,6 +91,7 @@ def generate(
     drawing: Drawing,
     stop: Stop = None,
     raw: Raw = False,
+    adaptive: Adaptive = False,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau on standard error.")] = True,
     compile: Compile = False,
     memory_limit: MemoryLimit = None,
@@ -104,6 +106,7 @@ def generate(
     from ..bench.measure import Answer, encode, timed
     from ..decoding import generate as steps_of
     from ..drafters import compile_passes
+    from ..pace import Pace
     from ..streaming import TextStream
     from ..words import number
 
@@ -125,6 +128,7 @@ def generate(
         stop=stop or (),
         on_read=_reading(len(ids)),
         memory_limit=limit,
+        pace=Pace.up_to(budget, compiled=compile) if adaptive else None,
     )
     for step in timed(steps, answer, loaded):
         _write(stream.push(step.tokens))
@@ -155,6 +159,7 @@ def bench(
     skip_too_long: SkipTooLong = False,
     profile: Annotated[bool, typer.Option("--profile", help="On a GPU: true time split, slower steps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing result files.")] = False,
+    adaptive: Adaptive = False,
     compile: Compile = False,
     quantize: Quantize = None,
     how: Loading,
@@ -178,6 +183,7 @@ def bench(
         output=json,
         overwrite=overwrite,
         limit=limit,
+        adaptive=adaptive,
         compile=compile,
         arguments={k: _plain(v) for k, v in arguments.items()},
         max_new_tokens=max_new_tokens,

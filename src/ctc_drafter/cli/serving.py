@@ -12,6 +12,7 @@ import typer
 from ..errors import UserError
 from .options import (
     BUDGET,
+    Adaptive,
     Budget,
     DrafterName,
     Drawing,
@@ -155,6 +156,7 @@ def chat(
     budget: Budget = BUDGET,
     *,
     drawing: Drawing,
+    adaptive: Adaptive = True,
     stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print speed and tau after each answer.")] = True,
     how: Loading,
 ) -> None:
@@ -163,8 +165,18 @@ def chat(
     /reset begins anew, /exit ends, Ctrl-C stops an answer.
     """
     sampling = drawing.sampling()
+    from ..pace import Pace
     from ..serving.chat import Conversation, talk
 
     loaded = load_target(target, how)
     chosen = load_drafter(drafter, loaded)
-    talk(Conversation(loaded, chosen, sampling, budget=budget, max_new_tokens=max_new_tokens, system=system), stats)
+    conversation = Conversation(
+        loaded,
+        chosen,
+        sampling,
+        budget=budget,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        pace=Pace.up_to(budget) if adaptive else None,
+    )
+    talk(conversation, stats)

@@ -12,6 +12,7 @@ from ..bench.measure import Answer, timed
 from ..decoding import generate
 from ..drafters import Drafter
 from ..errors import UserError
+from ..pace import Pace
 from ..streaming import TextStream
 from ..target import Target
 from ..words import number
@@ -29,6 +30,8 @@ class Conversation:
     budget: int = 8
     max_new_tokens: int = 512
     system: str | None = None
+    pace: Pace | None = None
+    """Chooses how much to draft; None: the budget."""
     messages: list[dict[str, str]] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
     """The last answer's numbers."""
@@ -59,6 +62,7 @@ class Conversation:
             max_new_tokens=self.max_new_tokens,
             budget=self.budget,
             sampling=self.sampling,
+            pace=self.pace,
         )
         stream, said = TextStream(self.target.tokenizer), ""
         try:
