@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decoding import Step, generate
     from .drafters import Drafter, load_drafter
     from .errors import UserError
+    from .pace import Pace
     from .target import Target
     from .tree import DraftTree
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Batch": "batch",
     "DraftTree": "tree",
     "Drafter": "drafters",
+    "Pace": "pace",
     "Sampling": "acceptance",
     "Step": "decoding",
     "Target": "target",
@@ -37,6 +39,7 @@ __all__ = [
     "Batch",
     "DraftTree",
     "Drafter",
+    "Pace",
     "Sampling",
     "Step",
     "Target",

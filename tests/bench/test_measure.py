@@ -187,6 +187,14 @@ def test_calibration_compares_what_was_expected_with_what_came() -> None:
     assert calibration([(None, 3)]) is None and calibration([]) is None
 
 
+def test_nothing_is_expected_of_the_step_that_the_end_cuts(target: Target) -> None:
+    tree = DraftTree(*(torch.tensor([row]) for row in ([5, 6], [-1, 0], [1, 2])), torch.tensor([[0.5, 0.25]]).log())
+    seen = Answer()
+    steps = [Step([1, 2], 1, 2, PHASES, tree=tree), Step([3], 1, 2, PHASES, "length", tree=tree)]
+    assert list(timed(iter(steps), seen, target)) == steps
+    assert seen.accepted == [1, 1] and seen.expected == [pytest.approx(0.75), None]
+
+
 def test_a_tree_expects_the_sum_of_its_probabilities() -> None:
     rows = [torch.tensor([row]) for row in ([5, 6, 0], [-1, 0, -1], [1, 2, 1])]
     probs = torch.tensor([[0.5, 0.25, 0.0]])

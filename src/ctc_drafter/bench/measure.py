@@ -5,7 +5,7 @@
     speedup             (tokens / seconds) drafted / (tokens / seconds) plain, totals over totals
     efficiency          speedup / tau
     calibration         tokens that the drafter expects to be accepted, the sum of its tree's probabilities, beside
-                        those that are, over the steps whose trees have probabilities
+                        those that are, over the steps whose trees have probabilities, each answer's last left out
     identical           answers whose tokens all equal the plain run's
     looped              answers that end in a repeating loop; loops are easy to draft and flatter tau
 
@@ -61,14 +61,15 @@ class Answer:
     parts: dict[str, float] = field(default_factory=dict)
     finish: str | None = None
     expected: list[float | None] = field(default_factory=list)
-    """What the drafter expected in place of `accepted`; None where its tree has no probabilities."""
+    """What the drafter expected in place of `accepted`; None where its tree has no probabilities, and at the end."""
 
     def add(self, step: Step) -> None:
         """Count one step; the prefill (whose seconds say so) is not a verification step."""
         self.tokens += step.tokens
         if "prefill" not in step.seconds:
             self.accepted.append(step.accepted)
-            self.expected.append(expected_length(step.tree))
+            # The last step is cut by the answer's end, of which no drafter knows.
+            self.expected.append(None if step.finish else expected_length(step.tree))
         for name, seconds in step.seconds.items():
             self.parts[name] = self.parts.get(name, 0.0) + seconds
         self.finish = step.finish
