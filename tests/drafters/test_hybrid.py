@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, HybridDrafter, LookupDrafter, NoDrafter, load_drafter
-from ctc_drafter.drafters.hybrid import Promise, with_path
+from ctc_drafter.drafters.hybrid import REACHED, WEIGHT, Promise, walked, with_path
 from ctc_drafter.drafters.lookup import MAX_LENGTH, NEAREST
+from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
 from ctc_drafter.tree import ROOT, DraftTree
 
@@ -96,6 +97,41 @@ def test_the_longest_match_is_that_of_a_plain_search(text: list[int], limit: int
         return
     assert length == max(min(match(i), max(limit, 1)) for i in places)
     assert path == text[(start := [i for i in places if min(match(i), limit) == length][-1]) : start + MAX_LENGTH]
+
+
+@settings(max_examples=300, deadline=None)
+@given(trees(), st.lists(st.integers(0, 3), max_size=8))
+def test_what_was_accepted_is_read_off_the_tree(tree: DraftTree, tokens: list[int]) -> None:
+    paths: list[tuple[int, ...]] = []
+    for token, parent in zip(tree.tokens[0].tolist(), tree.parents[0].tolist()):
+        paths.append((*(paths[parent] if parent != ROOT else ()), token))
+    assert walked(tree, tokens) == max(n for n in range(len(tokens) + 1) if not n or tuple(tokens[:n]) in paths)
+
+
+class Given(Pace):
+    """The budgets of each pass as they are told."""
+
+    def __init__(self, budgets: list[int]) -> None:
+        super().__init__([0])
+        self._next = iter(budgets)
+
+    def choose(self, rows: int, most: int | None = None) -> int:
+        return next(self._next, 0)
+
+    def record(self, *args: object) -> None: ...
+
+
+def test_passes_without_a_draft_promise_nothing(target: Target, drafter_folder: Path) -> None:
+    """All their tokens come at once when drafting begins again; none of them was drafted."""
+    hybrid = load_drafter(f"{drafter_folder}+lookup", target)
+    assert isinstance(hybrid, HybridDrafter)
+    pace = Given([5] * 8 + [0] * 20 + [5] * 8)
+    steps = list(generate(target, hybrid, [7, 8, 9], max_new_tokens=80, budget=5, pace=pace))
+    reached = [step.accepted for step in steps if step.drafted]
+    assert len(reached) > 8
+    promise = hybrid._promise
+    assert promise._accepted - WEIGHT * REACHED <= sum(reached)
+    assert promise._accepted / promise._steps <= max(5, REACHED)
 
 
 def test_promises_follow_the_text() -> None:

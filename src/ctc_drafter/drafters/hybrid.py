@@ -105,6 +105,7 @@ class HybridDrafter(Drafter):
         self._found: tuple[int, list[int]] = (0, [])  # match and path of the last step
         self._chances: list[float] = []
         self._resting: bool | None = None  # whether `base` rested in the last step; None: there was none
+        self._tree = DraftTree.empty(1)  # of the last step in which `base` drafted
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> Any:
         """What `base.draft` returns, or a list with the path of lookup."""
@@ -128,7 +129,8 @@ class HybridDrafter(Drafter):
             tree = DraftTree.from_paths([[guess]], budget, self._device)
             probs = [*self._chances, *[0.0] * budget][:budget]
             return replace(tree, log_probs=torch.tensor([probs], device=self._device).log())
-        return with_path(self.base.tree(guess, budget), self._found[1], self._chances)
+        self._tree = with_path(self.base.tree(guess, budget), self._found[1], self._chances)
+        return self._tree
 
     def trees_together(self, twins: Sequence[Self], guesses: Sequence[Any], budget: int) -> list[DraftTree]:
         trees = {twin: twin.tree(guess, budget) for twin, guess in zip(twins, guesses) if twin._resting}
@@ -136,7 +138,7 @@ class HybridDrafter(Drafter):
         if awake:
             drafted = self.base.trees_together([twin.base for twin, _ in awake], [guess for _, guess in awake], budget)
             for (twin, _), tree in zip(awake, drafted):
-                trees[twin] = with_path(tree, twin._found[1], twin._chances)
+                trees[twin] = twin._tree = with_path(tree, twin._found[1], twin._chances)
         return [trees[twin] for twin in twins]
 
     # ------------------------------------------------------------
@@ -148,7 +150,7 @@ class HybridDrafter(Drafter):
         if self._resting is not None:
             self._promise.looked_up(*self._found, tokens)
         if self._resting is False:
-            self._promise.drafted(len(tokens) - 1)
+            self._promise.drafted(walked(self._tree, tokens))
         self._device = self.lookup.draft(features, next_tokens)
         match, path = self._found = self.lookup.longest(CLASSES[-1])
         self._chances = self._promise.chances(match, len(path))
@@ -161,6 +163,24 @@ class HybridDrafter(Drafter):
             return pairs[0]
         features, tokens = zip(*pairs)
         return torch.cat(features, 1), torch.cat(tokens, 1)
+
+
+def walked(tree: DraftTree, tokens: list[int]) -> int:
+    """How many of the `tokens` that came were drafted: as far as they go down a tree of one row.
+
+    They may be those of several passes, since passes without a draft tell a drafter nothing: no more than the first
+    pass accepted is counted, for what it chose last was in no node.
+    """
+    node_of: dict[tuple[int, int], int] = {}
+    for node, pair in enumerate(zip(tree.parents[0].tolist(), tree.tokens[0].tolist())):
+        node_of.setdefault(pair, node)
+    node, count = ROOT, 0
+    for token in tokens:
+        below = node_of.get((node, token))
+        if below is None:
+            break
+        node, count = below, count + 1
+    return count
 
 
 def with_path(tree: DraftTree, path: list[int], chances: list[float]) -> DraftTree:
