@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from conftest import CONTEXT
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
 from helpers import MIXED, save_model
@@ -50,6 +52,27 @@ def test_text_and_steps_are_those_of_eager_passes(target_folder: Path, drafter_f
         assert drafted == answer(eager, load_drafter(str(drafter_folder), eager), prompt)
     # Another budget runs as it did.
     assert answer(target, drafter, [7, 8, 9], budget=3)[0] == answer(eager, NoDrafter(), [7, 8, 9])[0]
+
+
+def test_a_pass_that_drafts_nothing_for_a_drafter_is_compiled_too(
+    target_folder: Path, drafter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target.load(target_folder, dtype="float32", device="cpu")
+    drafter = load_drafter(str(drafter_folder), target)
+    compile_passes(target, drafter, BUDGET, adaptive=True)
+    want = answer(target, NoDrafter(), [7, 8, 9])[0]
+    pace = Pace.up_to(BUDGET, compiled=True)
+    prefill = target.prefill
+
+    def then_compiled(*args: Any, **options: Any) -> Any:
+        read = prefill(*args, **options)
+        monkeypatch.setattr(target, "forward", lambda *a, **k: pytest.fail("an eager pass"))
+        return read
+
+    monkeypatch.setattr(target, "prefill", then_compiled)
+    steps = list(generate(target, drafter, [7, 8, 9], max_new_tokens=CONTEXT, budget=BUDGET, pace=pace))
+    assert {step.drafted for step in steps[1:]} == {0, BUDGET}
+    assert [token for step in steps for token in step.tokens] == want
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -67,6 +67,11 @@ def test_the_best_budget_runs_almost_always(per_token: float, acceptance: float,
     assert tokens / seconds > 0.92 * max(rates.values())
 
 
+def test_one_candidate_needs_no_choice() -> None:
+    pace = Pace.up_to(0)
+    assert Machine(0.1, 0.5).run(pace, 300, lambda i: 1) == {0: 300}
+
+
 def test_drafting_stops_where_it_no_longer_pays() -> None:
     """One pace for all numbers of rows: each has a choice of its own."""
     machine, pace = Machine(0.06, 0.6), Pace(BUDGETS)

@@ -25,6 +25,7 @@ def test_speculative_text_is_the_quantized_targets_own(kind: str, dtype: str) ->
     pytest.importorskip("torchao")
     target = Target.load(dtype=dtype, device="cpu", quantized=kind)
     drafter = load_drafter("ctc", target)
+    assert target.num_parameters == Target.load(device="cpu").num_parameters
     assert target.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)
     for chat in CHATS:
         ids = target.prompt_ids([{"role": "user", "content": chat}])

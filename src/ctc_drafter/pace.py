@@ -41,7 +41,7 @@ class Pace:
 
     def __init__(self, budgets: Sequence[int]) -> None:
         """budgets: the candidates, tried in this order where nothing is known."""
-        self.budgets = tuple(budgets)
+        self.budgets = tuple(dict.fromkeys(budgets))
         self._seconds: dict[int, dict[int, deque[float]]] = {b: {} for b in self.budgets}
         self._tokens: dict[int, float] = {}
         """Per row and pass."""

@@ -67,12 +67,12 @@ def run_bench(
         "device": str(target.device),
     }
     if compile:
-        taken = sum(compile_passes(target, c.drafter, c.budget) for c in contenders)
+        taken = sum(compile_passes(target, c.drafter, c.budget, adaptive=adaptive) for c in contenders)
         about["compile_seconds"] = round(taken, 1)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
         results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
-    about["parameters"] = sum(p.numel() for p in target.model.parameters())
+    about["parameters"] = target.num_parameters
     written: list[Path] = []
     for path, result in zip(outputs, results):
         if result.rows:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .results import KIND
 
-KIND = "ctc-drafter bench"
 HISTORY_SUFFIX = ".history.json"
 NEEDED: dict[str, tuple[str, ...]] = {
     "target": ("name", "dtype", "device", "parameters"),
@@ -28,7 +28,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 ARGUMENTS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "raw", "profile"),
-    *("adaptive", "compile"),
+    *("adaptive", "compile", "quantize"),
 )
 """The arguments of `bench` that change what is generated or how long a step takes."""
 

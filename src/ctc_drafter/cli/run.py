@@ -114,7 +114,7 @@ def generate(
     loaded = load_target(target, how, quantize)
     chosen = load_drafter(drafter, loaded)
     if compile:
-        taken = compile_passes(loaded, chosen, budget)
+        taken = compile_passes(loaded, chosen, budget, adaptive=adaptive)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     ids = encode(loaded, [{"role": "user", "content": text}], raw)
     answer, stream = Answer(), TextStream(loaded.tokenizer)

@@ -71,10 +71,11 @@ def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
     return drafter
 
 
-def compile_passes(target: Target, drafter: Drafter, budget: int) -> float:
+def compile_passes(target: Target, drafter: Drafter, budget: int, *, adaptive: bool = False) -> float:
     """Compile all that a step of one row runs: the target's plain and drafted passes and the drafter's own.
 
+    adaptive: the drafter may be left out of a pass, as a `Pace` does.
     Returns the seconds taken. Raises UserError where `Target.compile` does.
     """
     nodes = 0 if type(drafter) is NoDrafter else budget
-    return target.compile(nodes, drafter.feature_layers) + drafter.compile_draft()
+    return target.compile(nodes, drafter.feature_layers, adaptive=adaptive) + drafter.compile_draft()

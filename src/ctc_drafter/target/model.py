@@ -66,6 +66,8 @@ class Target:
         self._hooks: list[Any] = []
         self._layers: tuple[int, ...] = ()
         self._compiled: dict[tuple[int, tuple[int, ...]], CompiledPass] = {}
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        """Of the model, however its weights are kept."""
         self.quantized: str | None = None
         """`int8` or `int4`, if the weights are."""
         self._probe: list[float] | None = None  # of the weights before they were quantized or shared out
@@ -138,12 +140,12 @@ class Target:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{path}' cannot be loaded as a Hugging Face causal LM: {reason}") from None
         model = model.to(where)
-        probe = None
-        if quantized is not None:
-            probe = probe_of(model)
-            quantize(model, quantized)
+        if quantized is None:
+            return cls.of(model, tokenizer, target_name(path))
+        probe, count = probe_of(model), sum(p.numel() for p in model.parameters())
+        quantize(model, quantized)
         target = cls.of(model, tokenizer, target_name(path))
-        target.quantized, target._probe = quantized, probe
+        target.quantized, target._probe, target.num_parameters = quantized, probe, count
         return target
 
     @classmethod
@@ -286,10 +288,11 @@ class Target:
             return next(iter(masks.values()))
         return {kind: masks[window] for kind, window in self._windows.items()}
 
-    def compile(self, budget: int, layers: Sequence[int] = ()) -> float:
+    def compile(self, budget: int, layers: Sequence[int] = (), *, adaptive: bool = False) -> float:
         """Compile the passes of one row over the root alone and over root + `budget` nodes; returns the seconds taken.
 
-        layers: the features that the second returns, those of a drafter; the first returns none. Other passes go on as
+        layers: the features that the second returns, those of a drafter; the first returns none. adaptive: also the
+        pass over the root alone that returns them, which a drafter needs that may draft nothing. Other passes go on as
         before. Numbers change by rounding. The next process finds the programs on disk, see `programs`.
         Raises UserError if the model cannot be compiled, or there is no C++ compiler.
         """
@@ -301,7 +304,9 @@ class Target:
         began = time.perf_counter()
         if self.joint is None and self.device.type == "cpu":
             self.joint = self._join()
-        for count, captured in ((0, ()), *([(budget, tuple(layers))] if budget else [])):
+        captured = tuple(layers)
+        passes = [(0, ()), *([(budget, captured)] if budget else []), *([(0, captured)] if adaptive else [])]
+        for count, captured in passes:
             if (count, captured) not in self._compiled:
                 self._compiled[count, captured] = compiled_pass(self, count, captured)
         return time.perf_counter() - began
