@@ -1,4 +1,4 @@
-"""What a result depends on: the machine and the versions."""
+"""What a result depends on: the machine and the versions; and the keys that stand in environment variables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from . import __version__
+from .errors import UserError
 
 
 def machine() -> dict[str, Any]:
@@ -36,6 +37,19 @@ def versions() -> dict[str, str | None]:
         "ctc_drafter": __version__,
         "git_commit": git_commit(),
     }
+
+
+def key_in(variable: str | None) -> str | None:
+    """The key that the environment variable holds (None: none was named). Raises UserError if it holds none."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(
+            f"The environment variable '{variable}' holds no key; set it, or leave --api-key-env (in a recipe: "
+            "api_key_env) out."
+        )
+    return key
 
 
 def git_commit() -> str | None:

@@ -54,16 +54,24 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` through a temporary sibling and a rename."""
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(file)` on a temporary sibling, then put it in the place of `path` by renaming.
+
+    An error leaves the old `path` untouched and no sibling.
+    """
     aside = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
+        write(aside)
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"'{path}' could not be written ({reason}); the earlier files are kept.") from None
+    finally:
         with suppress(OSError):
             aside.unlink()
-        raise UserError(
-            f"'{path}' could not be written ({error.strerror or error}); the earlier file is kept."
-        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, see `write_file`."""
+    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))

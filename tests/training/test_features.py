@@ -243,17 +243,17 @@ def test_resuming_after_a_kill(
 ) -> None:
     """Finished shards are not computed again, and all are the same in the end."""
     again = tmp_path / "again"
-    real, saved = features._save, []
+    real, saved = features.write_file, []
 
-    def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def save(path: Path, write: Callable[[Path], object]) -> None:
         if len(saved) == at:
             path.with_name(f".{path.name}.writing").write_bytes(b"half")
             raise Killed
         saved.append(path.name)
-        real(path, tensors)
+        real(path, write)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(features, "_save", save)
+        patch.setattr(features, "write_file", save)
         cache_features(recipe, again)
     assert sorted(p.name for p in again.glob("hs_*")) == saved == [f"hs_{i:05}.safetensors" for i in range(at)]
     times = {p: p.stat().st_mtime_ns for p in again.glob("hs_*")}
@@ -265,7 +265,7 @@ def test_resuming_after_a_kill(
 def test_a_finished_folder_is_left_alone(
     recipe: TrainConfig, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(features, "_save", lambda *args: pytest.fail("written again"))
+    monkeypatch.setattr(features, "write_file", lambda *args: pytest.fail("written again"))
     capsys.readouterr()
     cache_features(recipe, folder)
     assert "0.0 MB will be written" in " ".join(capsys.readouterr().err.split())

@@ -19,6 +19,7 @@ from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.training import cross_entropy
 from ctc_drafter.training import pretrain as module
+from ctc_drafter.training.lock import locked
 from ctc_drafter.training.pretrain import PretrainConfig, pretrain
 
 WORDS = ["apple", "dog", "fox", "lazy", "quick", "jumps", "over", "morning", "answer", "six", "how", "gives", "half"]
@@ -86,6 +87,8 @@ def test_resuming_changes_nothing(recipe: PretrainConfig, tmp_path: Path, monkey
     assert mine.keys() == want.keys()
     for name, value in want.items():
         assert torch.equal(mine[name], value), name
+    told = [json.loads((folder / "pretrain.json").read_text())["history"] for folder in (resumed, whole)]
+    assert told[0] == told[1]
 
 
 def test_the_result_is_a_target(recipe: PretrainConfig) -> None:
@@ -218,6 +221,23 @@ def refused(recipe: PretrainConfig) -> str:
 
 def test_corpus_that_is_too_small(recipe: PretrainConfig) -> None:
     assert "takes at least 1000 and 1" in refused(replace(recipe, batch=1000))
+
+
+def test_fewer_steps_than_were_done(recipe: PretrainConfig) -> None:
+    pretrain(recipe)
+    assert "is of step 6; set steps to at least that" in refused(replace(recipe, steps=3, decay=1))
+
+
+def test_a_second_run_into_one_folder(recipe: PretrainConfig) -> None:
+    with locked(Path(recipe.output + ".lock")):
+        assert "Another run" in refused(recipe)
+    pretrain(recipe)
+
+
+def test_unlikelihood_needs_questions(recipe: PretrainConfig) -> None:
+    recipe = replace(recipe, mixture={"chats": 0.0}, unlikelihood_steps=2)
+    assert "no `messages` with a question of at most" in refused(recipe)
+    assert not Path(recipe.output + ".work", "state").exists()
 
 
 def test_foreign_rows(recipe: PretrainConfig, tmp_path: Path) -> None:

@@ -168,12 +168,13 @@ def test_dry_run_writes_nothing(recipe: TrainConfig, capsys: pytest.CaptureFixtu
     assert list(Path(recipe.output).parent.iterdir()) == []
 
 
-def test_estimate_is_what_the_run_does(recipe: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("store", ["auto", "float8_e4m3fn"])
+def test_estimate_is_what_the_run_does(store: str, recipe: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes on disk, sequences, passes of the target; and a time that is positive."""
-    train(replace(recipe, accumulate=2), dry_run=True)
+    train(replace(recipe, accumulate=2, store=store), dry_run=True)
     said = " ".join(capsys.readouterr().err.split())
     assert "24 sequences" in said and "12 forward passes" in said
-    folder = train(replace(recipe, accumulate=2))
+    folder = train(replace(recipe, accumulate=2, store=store))
     for words, file in (("drafter ([0-9.]+) MB", folder), ("state ([0-9.]+) MB", folder.with_name("drafter.state"))):
         predicted = re.search(words, said)
         stored = sum(f.stat().st_size for f in file.glob("*.safetensors")) / 1e6
@@ -194,6 +195,12 @@ def test_existing_folder_is_not_overwritten(recipe: TrainConfig) -> None:
     (Path(recipe.output) / "mine").write_text("precious")
     assert "choose another output" in refused(recipe)
     assert (Path(recipe.output) / "mine").read_text() == "precious"
+
+
+def test_fewer_steps_than_were_done(recipe: TrainConfig) -> None:
+    train(recipe)
+    assert "is of step 6 and steps is 3; raise that to at least 6" in refused(replace(recipe, steps=3, decay=1))
+    train(recipe)
 
 
 def test_state_of_another_shape(recipe: TrainConfig) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_file
 from .compare import Comparison, Entry, Training, machine_text, prompts_text, target_text
 
 FORMATS = ("png", "svg")
@@ -125,15 +124,10 @@ class Sheet:
     format: str
 
     def save(self, name: str, caption: str) -> Picture:
-        """Write the figure through a temporary sibling and a rename."""
+        """Write the figure, see `write_file`."""
         path = self.folder / f"{name}.{self.format}"
-        aside = self.folder / f".{path.name}.writing"
-        try:
-            self.figure.savefig(aside, format=self.format, metadata={"Date": None} if self.format == "svg" else None)
-            os.replace(aside, path)
-        finally:
-            with suppress(OSError):
-                aside.unlink()
+        metadata = {"Date": None} if self.format == "svg" else None
+        write_file(path, lambda aside: self.figure.savefig(aside, format=self.format, metadata=metadata))
         return Picture(path, self.title, caption)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,11 +70,12 @@ def serve(
     how: Loading,
 ) -> None:
     """Serve the target by OpenAI's API, with a page to chat at."""
-    key = _key(api_key_env)
     _need_extra()
+    from ..environment import key_in
     from ..serving.app import Limits, Service, create_app
     from ..serving.server import bind, run
 
+    key = key_in(api_key_env)
     bound = bind(host, port)
     scheduler = load_scheduler(
         lambda: load_target(target, how, quantize),
@@ -136,15 +136,6 @@ def _need_extra() -> None:
         raise UserError(
             f"`serve` needs {error.name}, which is not installed; run: pip install 'ctc-drafter[serve]'"
         ) from None
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(f"The environment variable '{variable}' holds no key; set it, or leave --api-key-env out.")
-    return key
 
 
 @command

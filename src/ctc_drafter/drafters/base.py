@@ -45,9 +45,13 @@ class Drafter(nn.Module):
     """
 
     kind: ClassVar[str] = ""
+    """The name it is registered under, which checkpoints carry."""
     feature_layers: tuple[int, ...] = ()
+    """The target's layers whose outputs are its features, in this order; F of them, counted from 1 (-1: the last)."""
     name: str = ""
+    """What results call it: the embedded drafter's name, or the folder's."""
     stateless: ClassVar[bool] = False
+    """Whether it needs the pairs of the last pass only, and keeps nothing: it is then given no others."""
     serves: object = None
     """The generation whose context the drafter holds."""
     drafts_together: ClassVar[bool] = False
@@ -179,7 +183,9 @@ class TrainableDrafter(Drafter):
             "drafter": dataclasses.asdict(self.config),
             **(extra or {}),
         }
-        weights = {name: _stored(p, dtype) for name, p in self.state_dict().items()}
+        weights = {
+            name: p.detach().to("cpu", stored_dtype(p, dtype)).contiguous() for name, p in self.state_dict().items()
+        }
 
         def write(aside: Path) -> None:
             save_file(weights, aside / WEIGHTS)
@@ -253,11 +259,13 @@ class TrainableDrafter(Drafter):
         self._index_kept()
 
 
-def _stored(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    weight = weight.detach().to("cpu").contiguous()
+def stored_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """How `save_pretrained` writes a weight when asked for `dtype`."""
+    if dtype is None or not weight.is_floating_point():
+        return weight.dtype
     if dtype == torch.float8_e4m3fn and (weight.ndim < 2 or min(weight.shape) < 16):
-        dtype = torch.bfloat16  # norms, embeddings of slots, the blank: eight bits would save nothing there
-    return weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
+        return torch.bfloat16  # norms, embeddings of slots, the blank: eight bits would save nothing there
+    return dtype
 
 
 def take_weights(folder: Path, drafter: TrainableDrafter) -> None:

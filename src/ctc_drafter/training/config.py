@@ -29,6 +29,7 @@ class TrainConfig:
     init: str | None = None
     """Drafter folder to train on from: of the same kind and shape, whatever target it was made for."""
     steps: int = 1000
+    """Updates of the weights."""
     batch: int = 16
     """Sequences in a step, of all processes together."""
     accumulate: int = 1
@@ -44,10 +45,13 @@ class TrainConfig:
     skip_bad_shards: bool = False
     """Go on without the sequences in damaged shards of `features`."""
     lr_matrix: float = 2e-3
+    """Learning rate of the matrices inside layers, by Muon."""
     lr_other: float = 1e-3
+    """Learning rate of everything else, by AdamW."""
     weight_decay: float = 0.0
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
     warmup: int = 50
+    """First steps, over which the learning rate rises linearly."""
     decay: int = 400
     """Last steps, over which the trapezoid's learning rate falls linearly to zero."""
     ema: float = 0.0
@@ -61,6 +65,7 @@ class TrainConfig:
     evaluate_budget: int = 8
     """Draft nodes in each step of these answers."""
     checkpoint_every: int = 100
+    """Steps between two evaluations, each of which saves the state that a stopped run goes on from."""
     dtype: str = "bfloat16"
     store: Literal["auto", "bfloat16", "float16", "float32", "float8_e4m3fn"] = "auto"
     """Of the written weights; auto: as `dtype`. In eight bits only matrices are, what is smaller stays in bfloat16."""

@@ -15,7 +15,7 @@ CHUNK = 512
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy plus z-loss of hidden @ weight.T against labels, without holding all logits at once.
+    """Mean cross-entropy of hidden @ weight.T against labels; its gradient has that of z_loss * lse^2 added.
 
     hidden (n, d), weight (V, d), labels (n) with -100 ignored. Gradients are formed chunk by chunk in the forward pass.
     """
@@ -45,9 +45,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunk_step(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, count: torch.Tensor, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss / count of a chunk, and its gradients by hidden and weight.
+    """Summed loss / count of a chunk, and the gradients by hidden and weight of that plus z_loss * lse^2.
 
-    hidden (n, d), weight (V, d), labels (n) with -100 ignored; count (): labels of all chunks; z_loss: weight of lse^2.
+    hidden (n, d), weight (V, d), labels (n) with -100 ignored; count (): labels of all chunks.
     """
     logits = (hidden @ weight.T).float()
     lse = logits.logsumexp(-1, keepdim=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
-from ..files import write_text
+from ..files import write_file, write_text
 from ..target import Target
 from ..words import byte_size
 from .config import TrainConfig
@@ -168,7 +167,8 @@ def _write_shards(target: Target, work: list[tuple[Path, list[Sequence]]], batch
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=sum(len(s.ids) for _, shard in work for s in shard))
         for path, shard in work:
-            _save(path, _shard(target, shard, batch, lambda tokens: progress.update(task, advance=tokens)))
+            tensors = _shard(target, shard, batch, lambda tokens: progress.update(task, advance=tokens))
+            write_file(path, partial(save_file, tensors))
 
 
 @torch.inference_mode()
@@ -210,19 +210,6 @@ def _crc(tensors: dict[str, torch.Tensor]) -> int:
     for tensor in tensors.values():
         value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
     return value
-
-
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        save_file(tensors, aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"Shard '{path}' could not be written ({reason}); the finished ones are kept.") from None
-    finally:
-        with suppress(OSError):
-            aside.unlink()
 
 
 # ---------------------------------------------------------------- reading

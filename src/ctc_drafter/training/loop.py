@@ -128,6 +128,11 @@ class Training:
         return self.output.with_name(self.output.name + ".state")
 
     @property
+    def stored(self) -> torch.dtype:
+        """What the drafter's weights are written in."""
+        return self.target.dtype if self.config.store == "auto" else getattr(torch, self.config.store)
+
+    @property
     def _saved(self) -> dict[str, torch.Tensor]:
         averages = {f"ema/{name}": tensor for name, tensor in self.average.tensors.items()}
         return {**self.weights, **averages, **{f"best/{name}": tensor for name, tensor in self.best.items()}}
@@ -139,6 +144,11 @@ class Training:
             self.done, self.history = meta["step"], meta["history"]
             self.mean = meta.get("mean", math.nan)
             self.kept = meta.get("kept", self.kept)
+            if self.done > self.config.steps:
+                raise UserError(
+                    f"'{self.state_path}' is of step {self.done} and steps is {self.config.steps}; raise that to at "
+                    f"least {self.done}, or remove the state to start anew."
+                )
         elif self.output.exists():
             raise UserError(
                 f"'{self.output}' exists and has no training state beside it; choose another output folder."
@@ -175,8 +185,7 @@ class Training:
         if self.prompts:
             training["kept"] = self.kept
         copy_weights(self.best or self.average.tensors, self.weights)
-        dtype = self.target.dtype if self.config.store == "auto" else getattr(torch, self.config.store)
-        self.drafter.save_pretrained(self.output, {"training": training}, dtype)
+        self.drafter.save_pretrained(self.output, {"training": training}, self.stored)
         run: dict[str, Any] = {"command": shlex.join(["ctc-drafter", *sys.argv[1:]]), "recipe": asdict(self.config)}
         run |= {"processes": self.setup.processes.count, "versions": versions()}
         write_text(self.output / "run.yaml", yaml.safe_dump(run, sort_keys=False))

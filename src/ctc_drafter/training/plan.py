@@ -1,4 +1,4 @@
-"""What a run will do, before it does it; with `estimate`, how long it will take and how much it will store."""
+"""What a run will do, before it does it; `print_estimate`: how long it will take and how much it will store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..drafters.base import stored_dtype
 from ..words import byte_size
 from .loop import Setup, Training
 from .problems import batch_of
@@ -16,9 +17,7 @@ def print_plan(setup: Setup) -> None:
     """Sizes of target, drafter, data and run."""
     config, target, drafter, console = setup.config, setup.target, setup.drafter, setup.console
     tokens = sum(len(s.ids) for s in setup.train_set)
-    console.print(
-        f"target   {target.name}: {sum(p.numel() for p in target.model.parameters()):,} parameters, {target.dtype}"
-    )
+    console.print(f"target   {target.name}: {target.num_parameters:,} parameters, {target.dtype}")
     console.print(
         f"drafter  {config.kind}: {drafter.num_parameters:,} parameters, features of layers {drafter.feature_layers}"
     )
@@ -66,9 +65,8 @@ def _seconds_per_step(training: Training) -> float:
 
 
 def _drafter_bytes(training: Training) -> int:
-    wide = training.target.dtype.itemsize
     tensors = training.drafter.state_dict().values()
-    return sum(t.numel() * (wide if t.is_floating_point() else t.element_size()) for t in tensors)
+    return sum(t.numel() * stored_dtype(t, training.stored).itemsize for t in tensors)
 
 
 def _state_bytes(training: Training) -> int:

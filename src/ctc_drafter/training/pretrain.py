@@ -22,12 +22,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..drafters.base import IGNORE
 from ..errors import UserError
-from ..files import write_folder
+from ..files import write_file, write_folder
 from ..jsonl import read_jsonl
 from ..target.loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
 from .cross_entropy import block_loss, chunk_step
-from .data import Exclusion, chat_ids, copies, example_key, messages_of, row_text, text_key
+from .data import (
+    Exclusion,
+    chat_ids,
+    copies,
+    example_key,
+    messages_of,
+    prompt_ids,
+    prompt_messages,
+    row_text,
+    text_key,
+)
+from .lock import locked
 from .optim import (
     fp32_masters,
     gradients_to_masters,
@@ -40,6 +51,8 @@ from .tokenizer import train_tokenizer
 from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
+LONGEST_QUESTION = 256
+"""Tokens of a prompt that is answered to learn against loops."""
 
 
 @dataclass
@@ -103,8 +116,9 @@ def pretrain(config: PretrainConfig) -> Path:
         raise UserError(f"'{output}' exists and was not written by pretrain; choose another output.")
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
-    check_recipe(work / "recipe.json", asdict(config), FREE, belongs=[work])
-    with Progress() as progress:
+    with locked(output.with_name(output.name + ".lock")), Progress() as progress:
+        defaults = asdict(PretrainConfig([], ""))
+        check_recipe(work / "recipe.json", asdict(config), FREE, defaults, belongs=[work])
         tokenizer = _tokenizer(config, work, progress)
         blocks, held = _blocks(config, tokenizer, work, progress)
         if len(blocks) < config.batch or not len(held):
@@ -112,8 +126,10 @@ def pretrain(config: PretrainConfig) -> Path:
                 f"{', '.join(config.data)}: {len(blocks)} training and {len(held)} held-out blocks of {config.block} "
                 f"tokens; it takes at least {config.batch} and 1."
             )
+        questions = _questions(config, tokenizer) if config.unlikelihood_steps else []
         model, history = _optimize(config, tokenizer, blocks, held, work, progress)
-        loops = _against_loops(config, model, tokenizer, blocks, work, progress)
+        stop = tokenizer.eos_token_id
+        loops = _against_loops(config, model, questions, stop, blocks, work, progress) if questions else []
         model = model.to(torch.bfloat16)
         final = _held_out_loss(model, held, config)
     card = {"recipe": asdict(config), "tokens": config.steps * config.batch * config.block, "history": history}
@@ -210,8 +226,7 @@ def _blocks(
             f"{dropped} training rows dropped for an overlap with {len(config.exclude)} prompt files"
         )
         packed = {name: _pack(stream, config.block, config.seed) for name, stream in streams.items()}
-        write_folder(work / "blocks", lambda f: save_file(packed, f / "blocks.safetensors"))
-        (work / "blocks" / "blocks.safetensors").rename(path)
+        write_file(path, partial(save_file, packed))
     packed = load_file(path)
     progress.console.print(f"{packed['train'].shape[0]:,} training blocks of {config.block} tokens")
     return packed["train"], packed["held"]
@@ -266,13 +281,15 @@ def _optimize(
     if config.compile:
         body, per_chunk = torch.compile(body), torch.compile(per_chunk)
     optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
-    start, history = 0, []
+    start, history, mean = 0, [], math.nan
     if recover_training_state(work / "state"):
         meta = load_training_state(work / "state", masters, optimizers)
-        start, history = meta["step"], meta["history"]
+        start, history, mean = meta["step"], meta["history"], meta.get("mean", math.nan)
+        if start > config.steps:
+            raise UserError(f"'{work / 'state'}' is of step {start}; set steps to at least that, or remove '{work}'.")
     masters_to_model(model, masters)
     task = progress.add_task("training", total=config.steps, completed=start)
-    began, mean = time.time(), math.nan
+    began = time.time()
     for step in range(start, config.steps):
         factor = learning_rate_factor(step, config.steps, config.warmup, config.decay)
         set_learning_rates(optimizers, (config.lr_matrix, config.lr_other), factor)
@@ -292,33 +309,46 @@ def _optimize(
             history.append({"step": step + 1, "loss": round(mean, 4), "held_out": round(held_loss, 4)})
             rate = (step + 1 - start) * config.batch * config.block / (time.time() - began)
             progress.console.print(f"step {step + 1}: loss {mean:.3f}, held-out {held_loss:.3f}, {rate:,.0f} tokens/s")
-            save_training_state(work / "state", masters, optimizers, {"step": step + 1, "history": history})
+            save_training_state(
+                work / "state", masters, optimizers, {"step": step + 1, "history": history, "mean": mean}
+            )
     return model, history
+
+
+def _questions(config: PretrainConfig, tokenizer: Any) -> list[list[int]]:
+    """Ids of the prompts of unlikelihood training, none held out, in an order drawn from the seed."""
+    chats = (r for r in _rows(config) if "messages" in r and _rate(config, r) > 0)
+    rows = (r for r in chats if r["messages"][0]["role"] != "assistant")
+    prompts = {example_key(r): r for r in rows}
+    keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
+    found = [prompt_ids(tokenizer, prompt_messages(prompts[k], "unlikelihood")) for k in keys]
+    short = [ids for ids in found if len(ids) <= LONGEST_QUESTION]
+    if not short:
+        raise UserError(
+            f"{', '.join(config.data)}: no `messages` with a question of at most {LONGEST_QUESTION} tokens, which "
+            "unlikelihood_steps needs; set that to 0, or add such rows."
+        )
+    return short
 
 
 def _against_loops(
     config: PretrainConfig,
     model: Any,
-    tokenizer: Any,
+    questions: list[list[int]],
+    stop_id: int,
     blocks: torch.Tensor,
     work: Path,
     progress: Progress,
 ) -> list[dict[str, float]]:
-    if not config.unlikelihood_steps:
-        return []
-    rows = (r for r in _rows(config) if "messages" in r and _rate(config, r) > 0)
-    prompts = {example_key(r): r["messages"][0]["content"] for r in rows}
-    keys = sorted((k for k in prompts if k % HELD_OUT), key=lambda k: text_key(f"{k} {config.seed}"))
-
     def language_loss(step: int) -> torch.Tensor:
         block = _batch(blocks, config.steps + step, config)[: max(1, config.batch // 2)]
         return block_loss(model, model.model, block, partial(chunk_step, z_loss=config.z_loss))
 
     history = unlikelihood(
         model,
-        tokenizer,
-        [prompts[k] for k in keys],
+        questions,
         language_loss,
+        stop_id=stop_id,
         steps=config.unlikelihood_steps,
         batch=config.unlikelihood_batch,
         max_new_tokens=config.unlikelihood_tokens,

@@ -6,7 +6,6 @@ of the answer when asked by `return_token_ids`; from other servers the text come
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterable
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from ..environment import key_in
 from ..errors import UserError
 from ..target import EMBEDDED, stop_ids
 from ..target.loading import target_name
@@ -83,7 +83,7 @@ class RemoteTarget:
         text = whole.get_text_config()
         self.vocab_size = max(text.vocab_size, len(self.tokenizer))
         self.stop_ids = stop_ids(SimpleNamespace(config=whole, generation_config=generation), self.tokenizer)
-        self.server = Server(config.api_base or "", _key(config.api_key_env), config.request_timeout)
+        self.server = Server(config.api_base or "", key_in(config.api_key_env), config.request_timeout)
         self.model, served_context = self._choose_model(target_name(path))
         self.max_context = min(getattr(text, "max_position_embeddings", None) or 2**20, served_context or 2**20)
         self.tally = Tally()
@@ -237,12 +237,3 @@ class RemoteTarget:
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in value)
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(f"The environment variable '{variable}' holds no key.")
-    return key

@@ -8,7 +8,7 @@ intact.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from rich.progress import Progress
 
 from ..loops import ends_in_loop
 from .answers import batched_answers
-from .data import prompt_ids
 from .optim import fp32_masters, gradients_to_masters, masters_to_model
 
 NGRAM = 4
@@ -36,10 +35,10 @@ def repeated(tokens: list[int], n: int = NGRAM) -> list[bool]:
 
 def unlikelihood(
     model: Any,
-    tokenizer: Any,
-    prompts: Iterable[str],
+    questions: Sequence[list[int]],
     language_loss: Callable[[int], torch.Tensor],
     *,
+    stop_id: int,
     steps: int,
     batch: int,
     max_new_tokens: int,
@@ -48,21 +47,19 @@ def unlikelihood(
     progress: Progress,
     log: Path,
 ) -> list[dict[str, float]]:
-    """Fine-tune `model` (bf16, with fp32 masters) in place; `language_loss(step)` is the corpus loss of a batch.
+    """Fine-tune `model` (bf16, with fp32 masters) in place on its greedy answers to the `questions` (ids).
 
-    Returns, for every tenth step, the share of greedy answers that looped and both losses; also written to `log`.
+    `language_loss(step)` is the corpus loss of a batch. Returns, for every tenth step, the share of answers that looped
+    and both losses; also written to `log`.
     """
-    pad = tokenizer.eos_token_id
     masters = fp32_masters(model)
     optimizer = torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    questions = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
-    questions = [q for q in questions if len(q) <= 256]
     task = progress.add_task("unlikelihood", total=steps)
     history: list[dict[str, float]] = []
     looped, seen, mean = 0, 0, 0.0
     for step in range(steps):
         group = [questions[(step * batch + i) % len(questions)] for i in range(batch)]
-        answers = batched_answers(model, group, pad=pad, stop_ids=[pad], max_new_tokens=max_new_tokens)
+        answers = batched_answers(model, group, pad=stop_id, stop_ids=[stop_id], max_new_tokens=max_new_tokens)
         bad = [(q, a) for q, a in zip(group, answers) if sum(repeated(a)) > len(a) / 2]
         looped, seen = looped + sum(map(ends_in_loop, answers)), seen + batch
         for rate in optimizer.param_groups:
