@@ -23,7 +23,10 @@ from .tree import ROOT, DraftTree
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; the other fields mean what they mean in transformers."""
+    """How the next token is chosen. Temperature 0 is greedy; the other fields mean what they mean in transformers.
+
+    Raises UserError for a value that is out of its range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0

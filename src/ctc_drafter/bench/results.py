@@ -15,11 +15,14 @@ from ..errors import UserError
 from ..files import write_text
 from .measure import Result
 
+KIND = "ctc-drafter bench"
+"""What a result file says that it is."""
+
 
 def document(result: Result, target: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The JSON document of one result."""
     return {
-        "kind": "ctc-drafter bench",
+        "kind": KIND,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "complete": result.complete,
         "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),

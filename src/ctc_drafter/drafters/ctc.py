@@ -30,11 +30,15 @@ class CTCConfig(SlotConfig):
     slots: int = 8
     labels: int = 6
     topology: Literal["merge", "label-context"] = "label-context"
+    """What a path of slots says, see CTCDrafter."""
     objective: Literal["prefix", "label"] = "prefix"
+    """Trained on the probability of every prefix of the next tokens, weighted by `decay`; or of all of them at once."""
     tree: Literal["prefix", "paths", "slots"] = "prefix"
     """Best exact prefixes; or the paper's: most probable slot paths, collapsed; or every slot a token, no collapse."""
     path_count: int = 64
+    """Slot paths that tree `paths` collapses."""
     path_top_k: int = 8
+    """Tokens of each slot in these paths."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,14 +17,12 @@ from ..tree import DraftTree
 from .attention import DraftLayer, fit_shape, rope_table, rotate
 from .base import IGNORE, TrainableDrafter, register
 from .rollout import grow
-from .slots import expected_acceptance
+from .slots import MAX_LOGITS, expected_acceptance
 
 FEATURE_WEIGHT, TOKEN_WEIGHT = 1.0, 0.1
 """Weights of EAGLE-1's two losses."""
 CTC_SLOTS, CTC_LABELS = 6, 3
 """Consecutive positions and labels of the auxiliary CTC loss, as in the released code of CTC-drafter."""
-MAX_LOGITS = 2**27
-"""Logits that training holds at once; more are computed in pieces, and again for the gradient."""
 
 
 @dataclass

@@ -24,7 +24,7 @@ from .compiled import CompiledDraft
 from .heads import HeadsModule
 
 MAX_LOGITS = 2**27
-"""Logits of slots and contexts that training holds at once."""
+"""Logits that training holds at once; more are computed in pieces, and again for the gradient."""
 
 Scores = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -44,7 +44,9 @@ class SlotConfig:
     kv_heads: int = 0
     """0: a third of the heads (at least one)."""
     layers: int = 1
+    """Transformer layers of module `attention`."""
     slots: int = 5
+    """Positions that one pass fills, N."""
     labels: int = 5
     """Next tokens that training looks at, and the longest proposal of the prefix tree."""
     context_rank: int = 128

@@ -38,10 +38,11 @@ Ids = list[int]
 def custom_generate(drafter: str | Path, budget: int = 8) -> CustomGenerate:
     """A callable for the argument `custom_generate` of transformers' `generate`.
 
-    drafter: a drafter folder made for the model, an embedded one by its name, `lookup` or `none`; budget: draft nodes
-    scored per step. The model is tested and the drafter loaded at the first call, and again if the weights change.
-    Raises UserError for a budget below 0; the callable raises it for a model that cannot take a draft tree, a drafter
-    that does not fit, and for options of `generate` that it cannot honour exactly.
+    drafter: a drafter folder made for the model, an embedded one by its name, `lookup` or `none`; with `+lookup` behind
+    a folder or name, prompt lookup beside it. budget: draft nodes scored per step. The model is tested and the drafter
+    loaded at the first call, and again if the weights change. Raises UserError for a budget below 0; the callable
+    raises it for a model that cannot take a draft tree, a drafter that does not fit, and for options of `generate` that
+    it cannot honour exactly.
     """
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
