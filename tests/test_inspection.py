@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import build_drafter, build_target
 from ctc_drafter.cli import app
+from ctc_drafter.drafters import EMBEDDED_DRAFTERS
 from ctc_drafter.target import Target
 
 
@@ -52,6 +53,13 @@ def test_a_drafter_is_told_without_its_target(drafter_folder: Path, target: Targ
 def test_every_kind_can_be_told(kind: str, target: Target, tmp_path: Path) -> None:
     report = told(build_drafter(tmp_path / kind, target, kind))
     assert report["kind"] == kind and not failed(report)
+
+
+@pytest.mark.parametrize("name", EMBEDDED_DRAFTERS)
+def test_what_ships_is_whole(name: str, tmp_path: Path) -> None:
+    assert not failed(told(name))
+    result = CliRunner().invoke(app, ["export", name, "--to", "transformers", "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
 
 
 def test_a_training_summary_is_told(copy: Path) -> None:

@@ -132,11 +132,16 @@ def _shell(cls: Any, fields: Report, verifier: Report, where: str) -> TrainableD
 def _compare(folder: Path, drafter: TrainableDrafter) -> str:
     want = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
     have = weights_of([_weights_file(folder)])
-    problems = [f"{name} is missing" for name in sorted(want.keys() - have.keys())]
-    problems += [f"{name} is not expected" for name in sorted(have.keys() - want.keys())]
-    for name in sorted(want.keys() & have.keys()):
-        if have[name][0] != want[name]:
-            problems.append(f"{name} has shape {list(have[name][0])}, not {list(want[name])}")
+    problems = [
+        f"{name} has shape {list(have[name][0])}, not {list(want[name])}"
+        for name in sorted(want.keys() & have.keys())
+        if have[name][0] != want[name]
+    ]
+    # Names as loading takes them, since an older checkpoint may lack what is known to be zero.
+    stand_in = {name: torch.empty(want.get(name, shape), device="meta") for name, (shape, _) in have.items()}
+    loaded = drafter.load_state_dict(stand_in, strict=False)
+    problems += [f"{name} is missing" for name in sorted(loaded.missing_keys)]
+    problems += [f"{name} is not expected" for name in sorted(loaded.unexpected_keys)]
     if problems:
         raise UserError("; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else ""))
     return f"{len(have)} tensors, {', '.join(sorted({dtype for _, dtype in have.values()}))}"

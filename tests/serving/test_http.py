@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,10 @@ import httpx2
 import openai
 import pytest
 
+from ctc_drafter.batch import Batch
 from ctc_drafter.drafters import NoDrafter
+from ctc_drafter.serving import requests as reading
+from ctc_drafter.serving import wire
 from ctc_drafter.serving.app import Limits
 from ctc_drafter.serving.stream import EventStream
 from ctc_drafter.target import Target
@@ -51,7 +56,8 @@ FIELDS: list[dict[str, Any]] = [
     *({"messages": [{"role": "user", "content": c}]} for c in (None, 5, [], {}, ["x"], [{"type": "text"}])),
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/"}}]}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
-    {"messages": [{"role": "user", "content": "x", "name": "Tom"}]},
+    {"messages": [{"role": "user", "content": "x", "name": 5}]},
+    {"messages": [{"role": "assistant"}]},
     {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
     {"messages": [{"role": "user", "content": "apple " * 400}]},
     *({"n": v} for v in (0, -1, 1.5, "2", True, [1], 129, 10**30, 17)),
@@ -59,7 +65,7 @@ FIELDS: list[dict[str, Any]] = [
     *({"stop": v} for v in (5, "", [""], [5], ["x"] * 17, "x" * 257, {})),
     *({"seed": v} for v in (1.5, "1", 2**63, -(10**400), True)),
     *({"temperature": v} for v in (-0.1, 2.1, "1", True, [], 10**400)),
-    *({"top_p": v} for v in (0, -1, 1.01, "1")),
+    *({"top_p": v} for v in (-1, 1.01, "1")),
     *({"max_tokens": v} for v in (0, -1, 1.5, "5", True)),
     *({"max_completion_tokens": v} for v in (0, "5")),
     *({"top_k": v} for v in (-2, 1.5)),
@@ -175,7 +181,96 @@ def test_large_bodies_are_refused_before_they_are_read(target: Target) -> None:
         assert small.client().models.list().data
 
 
+def test_a_head_that_does_not_arrive_is_not_waited_for(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "HEAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(wire, "MAX_CONNECTIONS", 4)
+    with live(target, {"paced": PacedDrafter()}) as server:
+        port = int(server.base.rsplit(":", 1)[1])
+
+        def connection() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+
+        for start in (b"", b"POST /v1/comp", head(50)[:-4]):
+            with connection() as raw:
+                raw.sendall(start)
+                with raw.makefile("rb") as answer:
+                    assert b"408" in answer.read().splitlines()[0]  # and the connection is closed
+        with connection() as raw:  # a second request on a connection, begun and not ended
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            whole = b""
+            while b"waiting" not in whole:
+                whole += raw.recv(1000)
+            assert b"200" in whole.splitlines()[0]
+            raw.sendall(b"GET /hea")
+            assert b"408" in raw.recv(1000).splitlines()[0]
+        # An answer may take as long as it likes.
+        client = server.client()
+        assert client.chat.completions.create(**ask(QUESTIONS[0], max_tokens=40)).usage.completion_tokens == 40  # type: ignore[union-attr]
+        client.close()
+        with contextlib.ExitStack() as opened:
+            for raw in [opened.enter_context(connection()) for _ in range(6)][4:]:
+                assert b"503" in raw.recv(1000).splitlines()[0]
+
+
+def test_too_much_text_is_refused_before_it_is_tokenized(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
+    monkeypatch.setattr(type(server.service.target.tokenizer), "__call__", lambda *a, **k: pytest.fail("tokenized"))
+    monkeypatch.setattr(Target, "prompt_ids", lambda *a, **k: pytest.fail("tokenized"))
+    many = check(HTTP.post(server.base + TEXT, json=body | {"prompt": ["a"] * 1000}), 400)
+    assert many["param"] == "n"
+    long = "x" * 500_000
+    for path, content in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
+        error = check(HTTP.post(server.base + path, json=body | content), 400)
+        assert error["code"] == "context_length_exceeded" and "characters" in error["message"]
+
+
 # ---------------------------------------------------------------- load
+
+
+def test_as_many_are_read_at_a_time_as_may_wait(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizing has a place in the queue too, and who leaves meanwhile is not answered."""
+    go, real = threading.Event(), reading.read_call
+    monkeypatch.setattr("ctc_drafter.serving.app.read_call", lambda *a: go.wait(30) and real(*a))
+    with live(target, {"none": NoDrafter()}, slots=1, queue=2) as server, ThreadPoolExecutor(2) as pool:
+        client = server.client()
+        try:
+            asked = [pool.submit(client.chat.completions.create, **ask(q, max_tokens=5)) for q in QUESTIONS[:2]]
+            wait_until(lambda: server.service._reading == 2)
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.3).chat.completions.create(**ask(QUESTIONS[2]))
+            wait_until(lambda: server.service._reading == 2)
+            raw = socket.create_connection(("127.0.0.1", int(server.base.rsplit(":", 1)[1])), timeout=20)
+            content = json.dumps(ask(QUESTIONS[3])).encode()
+            raw.sendall(head(len(content)) + content)
+            wait_until(lambda: server.service._reading == 3)
+            with pytest.raises(openai.RateLimitError):
+                client.chat.completions.create(**ask(QUESTIONS[4]))
+            raw.close()
+        finally:
+            go.set()
+        assert [reply.result().choices[0].finish_reason for reply in asked] == ["length"] * 2
+
+
+def test_a_body_that_does_not_come_does_not_hold_up_the_end(target: Target) -> None:
+    with live(target, {"none": NoDrafter()}) as server, contextlib.ExitStack() as opened:
+        address = ("127.0.0.1", int(server.base.rsplit(":", 1)[1]))
+        raw = opened.enter_context(socket.create_connection(address, timeout=20))
+        raw.sendall(head(100) + b"{")
+        time.sleep(0.2)
+        asyncio.run(server.service.scheduler.drain())
+        began = time.monotonic()
+        assert b"503" in raw.recv(1000).splitlines()[0]
+        assert time.monotonic() - began < 5
+
+
+def test_a_model_that_is_gone_is_told(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    with live(target, {"none": NoDrafter()}) as server:
+        monkeypatch.setattr(Batch, "step", lambda batch: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="log says why"):
+                server.client().chat.completions.create(**ask("Hi"))
+        health = HTTP.get(server.base + "/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
 
 
 def running(server: Live) -> tuple[int, int]:
@@ -238,6 +333,7 @@ def test_the_time_limit_is_told_in_a_status_or_in_the_stream(target: Target) -> 
                 text += chunk.choices[0].delta.content or ""
         assert late.value.code == "request_timeout"
         assert text
+        assert "abandoned_requests_total{" not in slow.service.metrics.text().decode()
         assert client.chat.completions.create(**ask(QUESTIONS[0], max_tokens=2)).choices
 
 

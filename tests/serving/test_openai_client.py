@@ -306,6 +306,12 @@ def test_the_schema_names_the_model_and_has_no_loose_ends(server: Live) -> None:
 # ---------------------------------------------------------------- log probabilities
 
 
+def own_bytes(entry: Any) -> bytes:
+    assert entry.bytes is not None
+    assert entry.token.startswith("bytes:") or entry.token.encode() == bytes(entry.bytes)
+    return bytes(entry.bytes)
+
+
 @EXTRAS
 def test_log_probabilities_are_the_targets_own(client: OpenAI, target: Target, extra: dict[str, Any]) -> None:
     """Against one pass of the target over prompt and answer."""
@@ -316,13 +322,13 @@ def test_log_probabilities_are_the_targets_own(client: OpenAI, target: Target, e
     asked = ask(QUESTIONS[4], max_tokens=count, logprobs=True, top_logprobs=3, extra_body=extra)
     told = client.chat.completions.create(**asked).choices[0].logprobs
     assert told is not None and told.content is not None
-    assert [each.token for each in told.content] == [target.tokenizer.decode([t]) for t in tokens]
+    assert b"".join(map(own_bytes, told.content)).decode(errors="replace") == text_of(target, tokens)
     for each, token, row in zip(told.content, tokens, scores, strict=True):
         assert each.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert each.bytes == (None if "\ufffd" in each.token else list(each.token.encode()))
         best = row.topk(3)
         assert [top.logprob for top in each.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert each.top_logprobs[0].token == target.tokenizer.decode([int(best.indices[0])])
+        name = target.tokenizer.decode([int(best.indices[0])])
+        assert each.top_logprobs[0].token == name or ("\ufffd" in name and each.top_logprobs[0].token[:6] == "bytes:")
     chunks = list(client.chat.completions.create(stream=True, **asked))
     parts = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
     streamed_tokens = [each.token for part in parts for each in part or []]
@@ -338,6 +344,45 @@ def test_log_probabilities_of_text_completions(client: OpenAI, target: Target) -
     assert all(max(top.values()) == pytest.approx(value) for top, value in zip(told.top_logprobs, told.token_logprobs))
     assert told.text_offset[0] == 0 and told.text_offset == sorted(told.text_offset)
     assert client.completions.create(model=NAME, prompt="Hi", max_tokens=2).choices[0].logprobs is None
+
+
+def test_the_chosen_token_is_among_those_named(client: OpenAI) -> None:
+    for count in (0, 2):
+        told = (
+            client.completions.create(
+                model=NAME, prompt="How many", max_tokens=20, temperature=2, seed=1, logprobs=count
+            )
+            .choices[0]
+            .logprobs
+        )
+        assert told is not None and told.tokens and told.top_logprobs and told.token_logprobs
+        for token, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+            assert top[token] == value and count <= len(top) <= count + 1
+
+
+def test_streamed_probabilities_are_the_whole_ones(client: OpenAI) -> None:
+    """Also where a stop string cuts tokens off: the tokens that are told are those of the text."""
+    request: dict[str, Any] = {"model": NAME, "prompt": "How many", "max_tokens": 30, "temperature": 0, "logprobs": 1}
+    full = client.completions.create(**request).choices[0].text
+    for stop in (None, full[8:11], full[15:20]):
+        whole = client.completions.create(**request, stop=stop).choices[0]
+        parts = [c.choices[0].logprobs for c in client.completions.create(**request, stop=stop, stream=True)]
+        assert whole.logprobs is not None and whole.logprobs.tokens and whole.logprobs.text_offset
+        for key in ("tokens", "text_offset", "token_logprobs", "top_logprobs"):
+            joined = [each for part in parts if part is not None for each in getattr(part, key)]
+            assert joined == getattr(whole.logprobs, key), key
+        assert all(offset < len(whole.text) for offset in whole.logprobs.text_offset)
+        if stop is not None:
+            assert not "".join(whole.logprobs.tokens).startswith(whole.text + stop)
+
+
+def test_what_other_servers_take_is_taken(client: OpenAI) -> None:
+    greedy = client.chat.completions.create(**ask(QUESTIONS[1])).choices[0].message.content
+    messages: list[Any] = [{"role": "user", "name": "Tom", "content": QUESTIONS[1]}]
+    request = ask("") | {"messages": messages, "temperature": 1, "top_p": 0}
+    assert client.chat.completions.create(**request).choices[0].message.content == greedy
+    messages += [{"role": "assistant", "content": None}, {"role": "user", "content": "And now?"}]
+    assert client.chat.completions.create(**request).choices
 
 
 def test_samples_tell_the_probabilities_before_temperature(client: OpenAI) -> None:

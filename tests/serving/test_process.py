@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +29,11 @@ HTTP = httpx2.Client(timeout=60)
 
 
 @contextmanager
-def served(*args: object, cwd: Path | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(
+    *args: object, cwd: Path | None = None, program: Sequence[str] = ("-m", "ctc_drafter")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address; it is killed at the end if it still runs."""
-    command = [sys.executable, "-m", "ctc_drafter", "serve", "--port", "0", "--threads", "1", *map(str, args)]
+    command = [sys.executable, *program, "serve", "--port", "0", "--threads", "1", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
     try:
         assert process.stdout is not None
@@ -69,6 +71,24 @@ def test_sigterm_lets_answers_finish_and_takes_no_new_ones(target: Target, targe
             assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
         assert [t.result() for t in texts] == want
         assert process.wait(20) == 0
+
+
+def test_a_model_that_fails_ends_the_server(target_folder: Path) -> None:
+    code = (
+        "from ctc_drafter.batch import Batch; from ctc_drafter.cli import main; real = Batch.step\n"
+        "def step(batch):\n"
+        "    return [][1] if len(batch) > 1 else real(batch)\n"
+        "Batch.step = step; main()"
+    )
+    options = ("--target", target_folder, "--drafter", "none")
+    with served(*options, program=["-c", code]) as (process, base), ThreadPoolExecutor(2) as pool:
+        client = client_of(base)
+        asked = [pool.submit(client.chat.completions.create, **request(i, max_tokens=140)) for i in range(2)]
+        assert any(isinstance(reply.exception(), openai.APIError) for reply in asked)
+        assert process.wait(20) == 1
+        assert process.stderr is not None
+        told = process.stderr.read()
+        assert "IndexError" in told and "The model has failed, so the server has ended" in told
 
 
 @pytest.mark.slow

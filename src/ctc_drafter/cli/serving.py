@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 EMBEDDED_NAME = "embedded"
 
+Nodes = Annotated[
+    int, typer.Option("--budget", min=1, help="Draft nodes of a step; from none to twice as many, as the clock tells.")
+]
+
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for a request, waiting included.")]
 LongestAnswer = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Longest answer; requests for more end there.")
@@ -54,7 +58,7 @@ def serve(
     drafter: DrafterName = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is everywhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
-    budget: Budget = BUDGET,
+    budget: Nodes = BUDGET,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Answers generated at once.")] = 8,
     queue: Annotated[int, typer.Option("--queue", min=0, help="Answers that may wait for a slot.")] = 64,
     timeout: Timeout = 300,

@@ -15,7 +15,7 @@ from ..logprobs import LogProb
 from ..target import Target
 from .scheduler import Submission
 from .text import AnswerText, Piece
-from .tokens import TokenTexts
+from .tokens import Offsets, TokenTexts, Told
 from .trees import tree_nodes
 
 
@@ -47,6 +47,8 @@ class Said:
     finish: str | None
     at: float
     """time.monotonic() of the step."""
+    told: list[Told]
+    """Log probabilities of the tokens whose text is certain now, if they were asked for."""
 
     @property
     def text(self) -> str:
@@ -57,20 +59,31 @@ class Choice:
     """One of the answers of a call."""
 
     def __init__(self, target: Target, stop: Sequence[str]) -> None:
-        self._text = AnswerText(target.tokenizer, stop)
+        self._text, self._offsets = AnswerText(target.tokenizer, stop), Offsets(target)
         self.answer = Answer()
         self.text = ""
         self.finish: str | None = None
-        self.log_probs: list[LogProb] = []
+        self.told: list[Told] = []
+        """Log probabilities of the tokens that the text consists of."""
+        self._held: list[Told] = []
 
     def add(self, step: Step) -> list[Piece]:
         """Count a step; returns the text that it made certain."""
         self.answer.add(step)
-        self.log_probs += step.log_probs or []
         pieces = self._text.push(step)
         self.text += "".join(piece.text for piece in pieces)
         self.finish = "stop" if self._text.stopped else step.finish
+        if step.log_probs:
+            self._tell(step.log_probs)
         return pieces
+
+    def _tell(self, probs: list[LogProb]) -> None:
+        """Tell of tokens as their text becomes certain, so that none is told which a stop string cuts off."""
+        self._held += self._offsets.push(probs)
+        whole = self.finish is not None and not self._text.stopped
+        certain = [each for each in self._held if whole or each.offset < len(self.text)]
+        self.told += certain
+        self._held = self._held[len(certain) :]
 
 
 class Reply:
@@ -91,10 +104,11 @@ class Reply:
         """Count the events of the submission and pass them on as text; a stop string ends its choice."""
         async for event in submission:
             choice = self.choices[event.index]
+            before = len(choice.told)
             pieces = choice.add(event.step)
             if choice.finish is not None and event.step.finish is None:
                 submission.cancel(event.index)
-            yield Said(event.index, event.step, pieces, choice.finish, event.at)
+            yield Said(event.index, event.step, pieces, choice.finish, event.at, choice.told[before:])
 
     # ------------------------------------------------------------ whole replies
 
@@ -106,7 +120,7 @@ class Reply:
             content: dict[str, Any] = {"text": choice.text}
             if chat:
                 content = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-            told = self._log_probs(choice.log_probs)
+            told = self._log_probs(choice.told)
             content |= {"index": i, "logprobs": told, "finish_reason": choice.finish}
             if self.call.return_token_ids:
                 content["token_ids"] = choice.answer.tokens
@@ -152,11 +166,11 @@ class Reply:
     def chunk(self, said: Said) -> dict[str, Any] | None:
         """The chunk of a step, None if it has nothing to tell."""
         chat, text = self.call.kind == "chat", said.text
-        if not (text or said.finish or self.call.steps or self.call.return_token_ids or self.call.log_probs):
+        if not (text or said.finish or self.call.steps or self.call.return_token_ids or said.told):
             return None
         content: dict[str, Any] = {"delta": {"content": text} if text else {}} if chat else {"text": text}
         choice = self._choice(said.index, content, said.finish)
-        choice["logprobs"] = self._log_probs(said.step.log_probs or [])
+        choice["logprobs"] = self._log_probs(said.told)
         if self.call.return_token_ids:
             choice["token_ids"] = said.step.tokens
         chunk = self._chunk([choice])
@@ -176,7 +190,7 @@ class Reply:
     def _choice(self, index: int, content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": index, **content, "logprobs": None, "finish_reason": finish}
 
-    def _log_probs(self, told: list[LogProb]) -> dict[str, Any] | None:
+    def _log_probs(self, told: list[Told]) -> dict[str, Any] | None:
         if not self.call.log_probs:
             return None
         tokens = TokenTexts(self._target)

@@ -5,28 +5,28 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import time
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..errors import UserError
 from ..target import Target
-from .answers import Reply, Said
+from .answers import Call, Reply, Said
+from .bodies import read_body, unless_left
 from .errors import SCHEDULING, ApiError, add_handlers, of_scheduler
 from .hosts import LocalNames
 from .metrics import Clock, Metrics
 from .protocol import Body, ChatRequest, CompletionRequest, parse_body
 from .requests import jobs_of, read_call
-from .scheduler import Scheduler, Submission
+from .scheduler import Busy, Scheduler, Submission
 from .schema import BODIES, openapi
 from .stream import Counting, EventStream
 from .wire import ShortHeads
@@ -37,7 +37,6 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 PATHS = {"/", "/page.css", "/page.js", "/health", "/metrics", "/openapi.json", "/v1/models", *BODIES}
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,11 @@ class Service:
         self.target, self.scheduler, self.limits = target, scheduler, limits
         self.name, self.drafter, self.key = name, drafter, key
         self.metrics = Metrics(scheduler)
-        self.created = int(time())
+        self.created = int(time.time())
+        self.longest_token = max(map(len, target.tokenizer.get_vocab()))
+        """Characters."""
+        self._reading = 0
+        """Requests that are tokenized or wait for it."""
         self._tokenizing = ThreadPoolExecutor(1, "ctc-drafter-tokenizer")
 
     def check_key(self, request: Request) -> None:
@@ -90,27 +93,40 @@ class Service:
 
     async def complete(self, request: Request, kind: type[Body]) -> Response:
         """Answer a completion request, as a stream if it asks for one."""
-        content = await read_body(request, self.limits)
+        limits, stats = self.limits, self.scheduler.stats
+        content = await read_body(request, limits.max_body, limits.body_timeout, lambda: stats().draining)
+        arrived = time.monotonic()
         body = parse_body(kind, content)
-        loop = asyncio.get_running_loop()
-        try:
-            call = await loop.run_in_executor(self._tokenizing, read_call, body, self)
-        except UserError as error:  # of the chat template
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        call = await unless_left(request, self._read(body))
+        if call is None:
+            return Response(status_code=499)  # nobody reads it
         jobs = jobs_of(call, body, self)
         reply = Reply(call, self.target)
-        clock = Clock(self.metrics, reply)
-        submission = self.scheduler.submit(jobs)
+        clock = Clock(self.metrics, reply, arrived)
+        submission = self.scheduler.submit(jobs, arrived)
         said = _counted(reply, submission, clock)
         if not call.stream:
-            if await _unless_left(request, _exhaust(said), submission) is None:
+            if await unless_left(request, _exhaust(said), submission.cancel) is None:
                 return _left(clock)
             return JSONResponse(reply.whole())
         # Until the first step a failure still has its own status.
-        first = await _unless_left(request, _first(said), submission)
+        first = await unless_left(request, _first(said), submission.cancel)
         if first is None:
             return _left(clock)
-        return EventStream(_chunks(reply, first, said), submission, clock.abandon)
+        return EventStream(_chunks(reply, first, said, clock), submission, clock.abandon)
+
+    async def _read(self, body: Body) -> Call:
+        """What the request asks for, tokenized on a thread. Raises Busy if as many are read or wait as may at all."""
+        stats = self.scheduler.stats()
+        if stats.running + stats.waiting + self._reading >= self.scheduler.slots + self.scheduler.queue:
+            raise Busy
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, read_call, body, self)
+        except UserError as error:  # of the chat template
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        finally:
+            self._reading -= 1
 
 
 def create_app(service: Service) -> FastAPI:
@@ -192,7 +208,7 @@ def _pages(service: Service) -> APIRouter:
     @router.get("/health")
     async def health() -> JSONResponse:
         stats = service.scheduler.stats()
-        status = "draining" if stats.draining else "ok" if stats.alive else "dead"
+        status = "dead" if stats.failed else "draining" if stats.draining else "ok"
         content = {"status": status, "running": stats.running, "waiting": stats.waiting}
         return JSONResponse(content, 200 if status == "ok" else 503)
 
@@ -219,30 +235,6 @@ def _pages(service: Service) -> APIRouter:
 # ---------------------------------------------------------------- bodies and replies
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body. Raises ApiError if it is no JSON by its own account, too large, or does not arrive."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        # Asked for strictly: any web page may post other types to a local server, and the browser would not ask first.
-        raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", code="unsupported_media_type")
-    too_large = ApiError(413, f"The body is larger than {limits.max_body} bytes.", code="body_too_large")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limits.max_body:
-        raise too_large
-    content = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout):
-            async for part in request.stream():
-                content += part
-                if len(content) > limits.max_body:
-                    raise too_large
-    except ClientDisconnect:
-        raise ApiError(400, "The client left before its body had arrived.", code="client_left") from None
-    except TimeoutError:
-        raise ApiError(408, "The body did not arrive in time.", code="request_timeout") from None
-    return bytes(content)
-
-
 async def _counted(reply: Reply, submission: Submission, clock: Clock) -> AsyncIterator[Said]:
     async for said in reply.follow(submission):
         clock.count(said)
@@ -259,7 +251,7 @@ async def _first(said: AsyncIterator[Said]) -> Said:
     return await anext(said)
 
 
-async def _chunks(reply: Reply, first: Said, others: AsyncIterator[Said]) -> AsyncIterator[bytes]:
+async def _chunks(reply: Reply, first: Said, others: AsyncIterator[Said], clock: Clock) -> AsyncIterator[bytes]:
     """The server-sent events of a reply; an error after the first step is an event of its own, and the last one."""
     for chunk in reply.opening():
         yield event_bytes(chunk)
@@ -270,6 +262,7 @@ async def _chunks(reply: Reply, first: Said, others: AsyncIterator[Said]) -> Asy
             if (told := reply.chunk(said)) is not None:
                 yield event_bytes(told)
     except SCHEDULING as error:
+        clock.fail()
         yield event_bytes(of_scheduler(error).body)
         return
     for chunk in reply.closing():
@@ -280,29 +273,6 @@ async def _chunks(reply: Reply, first: Said, others: AsyncIterator[Said]) -> Asy
 def event_bytes(content: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, Result], submission: Submission) -> Result | None:
-    """The result of `work`; None, with the submission cancelled, if the client leaves before."""
-
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks: list[asyncio.Task[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(left())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            result: Result = tasks[0].result()
-            return result
-        submission.cancel()
-        return None
-    except BaseException:
-        submission.cancel()
-        raise
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _left(clock: Clock) -> Response:

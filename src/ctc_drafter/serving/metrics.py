@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -71,10 +70,11 @@ class Metrics:
 class Clock:
     """Counts one call, from its arrival on."""
 
-    def __init__(self, metrics: Metrics, reply: Reply) -> None:
+    def __init__(self, metrics: Metrics, reply: Reply, began: float) -> None:
+        """began: the time.monotonic() of its arrival."""
         self._metrics, self._reply = metrics, reply
         self._kind = reply.call.drafter
-        self._began = time.monotonic()
+        self._began, self._failed = began, False
         self._first: dict[int, float] = {}
         metrics._prompt.labels(self._kind).inc(sum(len(ids) for ids in reply.call.prompts))
 
@@ -94,7 +94,11 @@ class Clock:
             if all(choice.finish is not None for choice in self._reply.choices):
                 metrics._whole.labels(kind).observe(said.at - self._began)
 
+    def fail(self) -> None:
+        """The server could not finish the reply."""
+        self._failed = True
+
     def abandon(self) -> None:
-        """The client has left."""
-        if any(choice.finish is None for choice in self._reply.choices):
+        """The connection has ended: the client has left, unless all is said or the server failed."""
+        if not self._failed and any(choice.finish is None for choice in self._reply.choices):
             self._metrics._left.labels(self._kind).inc()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError
@@ -106,6 +106,16 @@ class StreamOptions(_Strict):
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
+    name: str | None = None
+    """Handed to the chat template, which may know it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_content(cls, value: Any) -> Any:
+        """An answer without text, as clients send it back, is an empty one."""
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content", 0) is None:
+            return {**value, "content": ""}
+        return value
 
 
 class Body(_Strict):
@@ -118,7 +128,7 @@ class Body(_Strict):
     stop: Stop = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None

@@ -17,6 +17,10 @@ COMPLETION_TOKENS = 16
 """Longest answer of /v1/completions where the request does not say, as at OpenAI."""
 
 
+SHRINKING = 4
+"""How many characters of a text a tokenizer that normalizes may make one of, at most."""
+
+
 def read_call(body: Body, service: Service) -> Call:
     """What the request asks for. Raises ApiError or UserError; takes as long as tokenizing does."""
     if body.model != service.name:
@@ -27,15 +31,13 @@ def read_call(body: Body, service: Service) -> Call:
             code="model_not_found",
         )
     _check_stop_ids(body, service)
-    extension = body.ctc_drafter
-    prompts = _prompts(body, service)
-    n = body.n or 1
-    _check_count(len(prompts) * n, service)
+    extension, n = body.ctc_drafter, body.n or 1
+    _check_count((len(body.prompt) if isinstance(body, CompletionRequest) else 1) * n, service)
     return Call(
         kind="chat" if isinstance(body, ChatRequest) else "text",
         model=service.name,
         drafter=_drafter(body, service),
-        prompts=prompts,
+        prompts=_prompts(body, service),
         n=n,
         stop=body.stop,
         stream=bool(body.stream),
@@ -63,10 +65,12 @@ def jobs_of(call: Call, body: Body, service: Service) -> list[Job]:
 
 def _sampling(body: Body, choice: int) -> Sampling:
     temperature = 1.0 if body.temperature is None else body.temperature
+    if body.top_p == 0:  # of all probability none, so the first token alone
+        temperature = 0.0
     values: dict[str, Any] = {
         "temperature": 0.0 if temperature < LEAST_TEMPERATURE else temperature,
         "top_k": max(body.top_k or 0, 0),
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": body.top_p or 1.0,
         "min_p": body.min_p or 0.0,
         "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
         "seed": None if body.seed is None else (body.seed + choice) % 2**63,
@@ -79,27 +83,43 @@ def _prompts(body: Body, service: Service) -> list[list[int]]:
     if isinstance(body, ChatRequest):
         # `developer` is the newer name of `system`, which templates do not know yet.
         roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in body.messages]
-        prompts, param = [target.prompt_ids(messages)], "messages"
-    else:
-        assert isinstance(body, CompletionRequest)
-        prompts, param = [_ids(prompt, service) for prompt in body.prompt], "prompt"
-    for ids in prompts:
-        if not ids:
-            raise ApiError(400, f"'{param}' holds no tokens.", param=param, code="invalid_value")
-        if len(ids) >= target.max_context:
-            raise ApiError(
-                400,
-                f"The prompt has {len(ids)} tokens, but the context of {target.max_context} must hold the "
-                "answer too; shorten it.",
-                param=param,
-                code="context_length_exceeded",
-            )
-    return prompts
+        messages = [
+            {"role": roles.get(m.role, m.role), "content": m.content, **({"name": m.name} if m.name else {})}
+            for m in body.messages
+        ]
+        _check_length("messages", sum(len(m.content) for m in body.messages), service)
+        return [_fitting(target.prompt_ids(messages), "messages", service)]
+    assert isinstance(body, CompletionRequest)
+    return [_fitting(_ids(prompt, service), "prompt", service) for prompt in body.prompt]
+
+
+def _fitting(ids: list[int], param: str, service: Service) -> list[int]:
+    if not ids:
+        raise ApiError(400, f"'{param}' holds no tokens.", param=param, code="invalid_value")
+    if len(ids) >= service.target.max_context:
+        raise _too_long(param, f"{len(ids)} tokens", service)
+    return ids
+
+
+def _check_length(param: str, characters: int, service: Service) -> None:
+    """Refuse what cannot fit before it is tokenized, which takes seconds for a text of megabytes."""
+    if characters > SHRINKING * service.longest_token * service.target.max_context:
+        raise _too_long(param, f"{characters} characters", service)
+
+
+def _too_long(param: str, size: str, service: Service) -> ApiError:
+    return ApiError(
+        400,
+        f"The prompt has {size}, but the context of {service.target.max_context} tokens must hold the answer too; "
+        "shorten it.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def _ids(prompt: str | list[int], service: Service) -> list[int]:
     if isinstance(prompt, str):
+        _check_length("prompt", len(prompt), service)
         return list(service.target.tokenizer(prompt)["input_ids"])
     vocabulary = service.target.vocab_size
     wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)

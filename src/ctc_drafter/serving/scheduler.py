@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..acceptance import Sampling
@@ -71,6 +71,8 @@ class Stats:
     draining: bool
     alive: bool
     """Whether the thread of the model is there."""
+    failed: bool
+    """Whether that thread has ended by an error."""
 
 
 class _Run:
@@ -190,7 +192,7 @@ class Scheduler:
         self._condition = threading.Condition()
         self._waiting: deque[_Run] = deque()
         self._running: deque[_Run] = deque()
-        self._draining = self._closed = False
+        self._draining = self._closed = self._failed = False
         worker = worker or Worker()
         self._ended = worker.do(self._work)
         worker.close()
@@ -202,14 +204,19 @@ class Scheduler:
         """Names that jobs may give."""
         return list(self._drafters)
 
-    def submit(self, jobs: Sequence[Job]) -> Submission:
-        """Queue all jobs or none. Raises Draining, or Busy if slots and queue have no room for all of them."""
+    def submit(self, jobs: Sequence[Job], since: float | None = None) -> Submission:
+        """Queue all jobs or none. Raises Draining, Failed, or Busy if slots and queue have no room for all of them.
+
+        since: the time.monotonic() from which their time limit counts (None: now).
+        """
         with self._condition:
+            if self._failed:
+                raise Failed
             if self._draining or self._closed:
                 raise Draining
             if len(self._running) + len(self._waiting) + len(jobs) > self.slots + self.queue:
                 raise Busy
-            submission = Submission(self, jobs, time.monotonic() + self.timeout)
+            submission = Submission(self, jobs, (time.monotonic() if since is None else since) + self.timeout)
             self._waiting += submission.runs
             self._condition.notify()
         return submission
@@ -224,7 +231,12 @@ class Scheduler:
 
     def stats(self) -> Stats:
         with self._condition:
-            return Stats(len(self._running), len(self._waiting), self._draining, alive=not self._ended.done())
+            alive = not self._ended.done()
+            return Stats(len(self._running), len(self._waiting), self._draining, alive, self._failed)
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Let `call` be called, on any thread, when that of the model has ended."""
+        self._ended.add_done_callback(lambda _: call())
 
     async def drain(self) -> None:
         """Take nothing new; returns when all that was taken is done."""
@@ -249,7 +261,7 @@ class Scheduler:
         except Exception:  # nobody may wait for a thread that is gone
             log.exception("The thread of the model has ended")
             with self._condition:
-                self._draining = self._closed = True
+                self._failed = self._closed = True
                 left = [*self._running, *self._waiting]
                 self._running.clear()
                 self._waiting.clear()

@@ -33,9 +33,15 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._scheduler.when_ended(self._ended)
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    def _ended(self) -> None:
+        """Called on any thread: without the model there is nothing to serve."""
+        if self._scheduler.stats().failed and self._loop is not None:
+            self._loop.call_soon_threadsafe(setattr, self, "should_exit", True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by signals on the main thread; not recorded, so that a drained server ends with exit code 0."""
@@ -99,3 +105,6 @@ def run(app: FastAPI, scheduler: Scheduler, bound: socket.socket, ready: Callabl
     finally:
         scheduler.close()
         bound.close()
+    if scheduler.stats().failed:
+        print("The model has failed, so the server has ended; the log above says why.", file=sys.stderr)
+        raise SystemExit(1)

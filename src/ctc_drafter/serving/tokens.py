@@ -2,49 +2,93 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..logprobs import LogProb
+from ..streaming import TextStream
 from ..target import Target
 
 _HALF = "\ufffd"
 
 
-class TokenTexts:
-    """Names tokens by their own text. End tokens are no part of an answer's text and are left out."""
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a character: itself if it can be seen, else one of those from 256 on."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_of()
+
+
+class Told(NamedTuple):
+    """A token's log probabilities, and how many characters of its answer come before it."""
+
+    prob: LogProb
+    offset: int
+
+
+class Offsets:
+    """Places the tokens of one answer in its text. End tokens are no part of that and are left out."""
 
     def __init__(self, target: Target) -> None:
-        self._decode = target.tokenizer.decode
-        self._ends = target.stop_ids
+        self._stream, self._ends = TextStream(target.tokenizer), target.stop_ids
+        self._length = 0
 
-    def of_chat(self, told: Sequence[LogProb]) -> dict[str, Any]:
+    def push(self, probs: Sequence[LogProb]) -> list[Told]:
+        """The next tokens; those of one character all begin where it does."""
+        told = []
+        for prob in probs:
+            if prob.token not in self._ends:
+                told.append(Told(prob, self._length))
+            self._length += len(self._stream.push([prob.token]))
+        return told
+
+
+class TokenTexts:
+    """Names tokens by their own text, or, where that is part of a character, by their bytes: `bytes:\\xe2\\x82`."""
+
+    def __init__(self, target: Target) -> None:
+        self._tokenizer = target.tokenizer
+
+    def of_chat(self, told: Sequence[Told]) -> dict[str, Any]:
         """As in chat completions."""
         content = []
-        for each in self._inside(told):
-            top = [self._entry(token, value) for token, value in each.top]
-            content.append(self._entry(each.token, each.value) | {"top_logprobs": top})
+        for each in told:
+            top = [self._entry(token, value) for token, value in each.prob.top]
+            content.append(self._entry(each.prob.token, each.prob.value) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
-    def of_text(self, told: Sequence[LogProb]) -> dict[str, Any]:
-        """As in completions; offsets are counted from the first of these tokens."""
-        inside = self._inside(told)
-        texts = [self._text(each.token) for each in inside]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
+    def of_text(self, told: Sequence[Told]) -> dict[str, Any]:
+        """As in completions, where the chosen token stands among the top ones even if others are more probable."""
+        top = []
+        for prob, _ in told:
+            top.append({self._name(t): v for t, v in reversed(prob.top)} | {self._name(prob.token): prob.value})
         return {
-            "tokens": texts,
-            "token_logprobs": [each.value for each in inside],
-            "top_logprobs": [{self._text(token): value for token, value in reversed(each.top)} for each in inside],
-            "text_offset": offsets,
+            "tokens": [self._name(each.prob.token) for each in told],
+            "token_logprobs": [each.prob.value for each in told],
+            "top_logprobs": top,
+            "text_offset": [each.offset for each in told],
         }
 
-    def _inside(self, told: Sequence[LogProb]) -> list[LogProb]:
-        return [each for each in told if each.token not in self._ends]
-
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self._text(token)
-        # Where a token is part of a character, its bytes cannot be told from its text.
-        return {"token": text, "logprob": value, "bytes": None if _HALF in text else list(text.encode())}
+        own = self._bytes(token)
+        return {"token": self._name(token), "logprob": value, "bytes": None if own is None else list(own)}
 
-    def _text(self, token: int) -> str:
-        return str(self._decode([token]))
+    def _name(self, token: int) -> str:
+        text, own = str(self._tokenizer.decode([token])), self._bytes(token)
+        if _HALF not in text or own is None:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+    def _bytes(self, token: int) -> bytes | None:
+        """None where a token is part of a character and the vocabulary does not tell its bytes."""
+        text = str(self._tokenizer.decode([token]))
+        if _HALF not in text:
+            return text.encode()
+        piece = str(self._tokenizer.convert_ids_to_tokens(token))
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        return bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else None

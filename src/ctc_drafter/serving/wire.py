@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from http import HTTPStatus
 
 import h11
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -12,6 +14,10 @@ from .errors import ApiError
 
 MAX_HEAD = 2**16
 """Bytes of a request's headers. h11 counts only what has not arrived in one piece."""
+HEAD_TIMEOUT = 30.0
+"""Seconds in which the head of a request must arrive, from the connection's or the head's own beginning."""
+MAX_CONNECTIONS = 1000
+"""Connections at a time, idle ones included."""
 
 
 class ShortHeads:
@@ -29,11 +35,44 @@ class ShortHeads:
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, with another answer to what h11 cannot read."""
+    """uvicorn's, with another answer to what h11 cannot read, and an end to the wait for a request's head."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(ApiError(503, "There are too many connections; try again later.", code="too_many_connections"))
+        else:
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        """Start the clock where a head is to come, and stop it where it has. Between two requests uvicorn's runs."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_waiting()
+        elif self._late is None:
+            error = ApiError(408, "The head of the request did not arrive in time.", code="request_timeout")
+            self._late = self.loop.call_later(HEAD_TIMEOUT, self._refuse, error)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def send_400_response(self, msg: str) -> None:
         """Answer and close; only close if an answer has already begun."""
-        body = json.dumps(ApiError(400, msg, code="invalid_http").body).encode()
+        self._refuse(ApiError(400, msg, code="invalid_http"))
+
+    def _refuse(self, error: ApiError) -> None:
+        body = json.dumps(error.body).encode()
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),
@@ -41,7 +80,9 @@ class Protocol(H11Protocol):
         ]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Response(
+                    status_code=error.status, headers=headers, reason=HTTPStatus(error.status).phrase.encode()
+                ),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):
