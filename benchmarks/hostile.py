@@ -70,7 +70,7 @@ WRONG: dict[str, list[Any]] = {
     "stop": [5, "", [""], [5], ["x"] * 17, "x" * 257, {}, [None], [["x"]], ["ok", ""], True, [{"a": 1}]],
     "seed": [1.5, "1", 2**63, -(2**63) - 1, -(10**400), True, [1], {}, 1e300],
     "temperature": [-0.1, 2.1, "1", True, [], 1e300, -1e-300, {}, "NaN"],
-    "top_p": [0, -1, 1.01, "1", [], 1e300, True],
+    "top_p": [-1, 1.01, "1", [], 1e300, True],
     "max_tokens": [0, -1, 1.5, "5", True, -(10**30), [], {}, "many"],
     "top_k": [-2, 1.5, "x", [], -(10**30)],
     "min_p": [-1, 2, "x", 1e300, []],
@@ -256,6 +256,21 @@ def cut_body(rng: random.Random, path: str, model: str) -> Case:
     return Case("cut", whole[: rng.randrange(1, len(whole))], cut=True)
 
 
+def heavy(rng: random.Random, path: str, model: str) -> Case:
+    """Text that would take seconds to tokenize."""
+    body = good(path, model)
+    if path == TEXT and rng.random() < 0.5:
+        return Case("many prompts", request(path, json.dumps(body | {"prompt": ["a"] * 150_000}).encode()))
+    text = rng.choice(["a", "x ", "é"]) * 150_000
+    body |= {"prompt": text} if path == TEXT else {"messages": [{"role": "user", "content": text}]}
+    return Case("long text", request(path, json.dumps(body, ensure_ascii=False).encode()))
+
+
+def slow_head(rng: random.Random, path: str, model: str) -> Case:
+    head = head_of(path).encode()
+    return Case("slow head", head[: rng.randrange(len(head))])  # the rest never comes
+
+
 def bad_head(rng: random.Random, path: str, model: str) -> Case:
     body = json.dumps(good(path, model)).encode()
     start, size = head_of(path), f"Content-Length: {len(body)}"
@@ -323,6 +338,8 @@ KINDS: dict[Callable[[random.Random, str, str], Case], float] = {
     bad_head: 8,
     foreign_host: 3,
     bad_chunks: 0.6,
+    heavy: 2,
+    slow_head: 0.1,
 }
 """The kinds and how often each comes."""
 

@@ -139,7 +139,7 @@ def percentiles(values: list[float]) -> Row | None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target")
-    parser.add_argument("--drafter", nargs="+", default=["ctc", "none"])
+    parser.add_argument("--drafter", nargs="+", default=["ctc+lookup", "none"])
     parser.add_argument("--vllm", type=Path, help="python of an environment with vLLM: also load its server")
     parser.add_argument("--budget", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
