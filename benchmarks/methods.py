@@ -182,6 +182,7 @@ def main() -> None:
     command(
         "bench",
         *("--target", options.target, "--dtype", options.dtype, "--limit", options.limit, "--json", options.json),
+        *("--max-new-tokens", options.max_new_tokens),
         *(part for name in options.files for part in ("--prompts", options.eval / name)),
         *(part for drafter in drafters for part in ("--drafter", drafter)),
         *(part for budget in options.budgets for part in ("--budget", budget)),
@@ -229,6 +230,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at once; each has its share of the cores.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Draft only so many tokens, all methods alike.")
     parser.add_argument("--dtype", default="float32")
