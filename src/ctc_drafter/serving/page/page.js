@@ -157,6 +157,7 @@ async function fill(answer, signal) {
       const low = $("chat").scrollHeight - $("chat").scrollTop - $("chat").clientHeight < 60;
       answer.add(chunk);
       if (low) $("chat").scrollTop = $("chat").scrollHeight;
+      place(); // a word that grows may have taken its step to the next line
     }
   } catch (error) {
     if (error.name !== "AbortError") answer.fail(error instanceof TypeError ? "The connection to the server broke." : error.message);
@@ -269,41 +270,93 @@ function picture(nodes) {
   return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...edges, root, ...boxes);
 }
 
+let shown = null; // the step whose tree is on the page
+
 function show(step) {
-  hide();
-  if (!step || !step.told) return;
-  step.classList.add("shown");
-  const box = $("tree"), { tree } = step.told;
-  box.replaceChildren(make("p", {}, summary(step.told)), ...(tree && tree.length ? [picture(tree)] : []));
-  if (tree && tree.length) box.append(make("p", { class: "key" }, "Per cent: the drafter’s probability of the path so far."));
-  box.hidden = false;
-  const at = step.getBoundingClientRect();
-  const left = Math.max(8, Math.min(at.left, innerWidth - box.offsetWidth - 8));
-  const below = at.bottom + 8 + box.offsetHeight < innerHeight;
-  box.style.left = `${left}px`;
-  box.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - box.offsetHeight - 8)}px`;
+  if (step !== shown) draw(step);
+  $("tree").classList.toggle("held", step !== null && step === focused());
+  place();
 }
 
-function hide() {
-  $("tree").hidden = true;
-  for (const step of document.querySelectorAll(".step.shown")) step.classList.remove("shown");
+function draw(step) {
+  if (shown) shown.classList.remove("shown");
+  shown = step;
+  const box = $("tree");
+  box.hidden = !step;
+  if (!step) return;
+  step.classList.add("shown");
+  const { tree } = step.told;
+  box.replaceChildren(make("p", {}, summary(step.told)), ...(tree && tree.length ? [picture(tree)] : []));
+  if (tree && tree.length) box.append(make("p", { class: "key" }, "Per cent: the drafter’s probability of the path so far."));
+  box.style.maxHeight = "";
+  box.scrollTo(0, 0);
+}
+
+function place() {
+  // Below the step, or above it where there is more room; a larger tree scrolls within. Away while its step is.
+  if (!shown) return;
+  const box = $("tree"), at = shown.getBoundingClientRect(), view = $("chat").getBoundingClientRect();
+  const height = box.scrollHeight + box.offsetHeight - box.clientHeight, space = innerHeight - at.bottom;
+  const below = height + 16 <= space || space >= at.top;
+  box.style.maxHeight = `${Math.max(below ? space : at.top, 120) - 16}px`;
+  const size = box.getBoundingClientRect(), top = below ? at.bottom + 8 : at.top - size.height - 8;
+  box.style.left = `${Math.max(8, Math.min(at.left, innerWidth - size.width - 8))}px`;
+  box.style.top = `${Math.max(8, Math.min(top, innerHeight - size.height - 8))}px`;
+  box.style.visibility = at.bottom < view.top || at.top > view.bottom ? "hidden" : "visible";
 }
 
 // ---------------------------------------------------------------- events of the page
 
 const stepOf = (event) => (event.target.closest ? event.target.closest(".text .step") : null);
 
-$("chat").addEventListener("pointerover", (event) => (stepOf(event) ? show(stepOf(event)) : hide()));
-$("chat").addEventListener("focusin", (event) => show(stepOf(event)));
-$("chat").addEventListener("focusout", hide);
-$("chat").addEventListener("pointerleave", hide);
-$("chat").addEventListener("scroll", hide);
+// The tree shown is that of the step under the mouse or the one with focus: the one that the reader moved to last.
+let pointed = null, dismissed = false;
+const focused = () => (dismissed ? null : document.activeElement.closest(".text .step"));
+
+function point(event) {
+  const step = stepOf(event);
+  if (event.pointerType === "touch" || step === pointed) return;
+  pointed = step;
+  show(pointed || focused());
+}
+
+function hold(step) {
+  pointed = null;
+  dismissed = false;
+  show(step);
+}
+
+$("chat").addEventListener("pointermove", point);
+$("chat").addEventListener("pointerover", (event) => {
+  if (pointed || !focused()) point(event); // a resting mouse, below which the arrow keys scroll text, points at nothing
+});
+$("chat").addEventListener("pointerleave", () => {
+  pointed = null;
+  show(focused());
+});
+$("chat").addEventListener("focusin", (event) => hold(stepOf(event)));
+$("chat").addEventListener("focusout", () => show(pointed));
+$("chat").addEventListener("scroll", place);
+window.addEventListener("resize", place);
 $("chat").addEventListener("click", (event) => {
   const step = stepOf(event);
-  if (step) step.focus();
+  if (!step) return;
+  step.focus();
+  hold(step);
 });
+document.addEventListener("pointerup", (event) => {
+  const kept = stepOf(event) || $("tree").contains(event.target);
+  if (event.pointerType === "touch" && !kept && focused()) focused().blur(); // not every phone does so itself
+});
+$("tree").addEventListener("mousedown", (event) => event.preventDefault()); // which would take the focus off the step
 $("chat").addEventListener("keydown", (event) => {
   const step = stepOf(event);
+  const far = step && event.shiftKey && { ArrowLeft: [-80, 0], ArrowRight: [80, 0], ArrowUp: [0, -80], ArrowDown: [0, 80] }[event.key];
+  if (far) {
+    event.preventDefault();
+    $("tree").scrollBy(...far);
+    return;
+  }
   const next = step && { ArrowRight: step.nextElementSibling, ArrowLeft: step.previousElementSibling,
     Home: step.parentElement.firstElementChild, End: step.parentElement.lastElementChild }[event.key];
   if (!next) return;
@@ -314,8 +367,10 @@ $("chat").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  if (!$("tree").hidden) hide();
-  else if (state.running) state.running.abort();
+  if (shown) {
+    dismissed = true;
+    show(null);
+  } else if (state.running) state.running.abort();
 });
 
 const fit = () => {
@@ -345,6 +400,7 @@ $("key").addEventListener("change", connect);
 $("reset").addEventListener("click", () => {
   if (state.running) state.running.abort();
   state.messages = [];
+  hold(null);
   for (const element of [...$("chat").children]) if (element.id !== "welcome") element.remove();
   $("welcome").hidden = false;
   $("text").focus();
