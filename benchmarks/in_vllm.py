@@ -1,8 +1,9 @@
 """What a drafter brings inside vLLM: the same prompts by vLLM alone and with the drafter, one engine after the other.
 
-    .venv-vllm/bin/python benchmarks/in_vllm.py --prompts PROMPTS.jsonl --limit 16 --json OUT.json
+    OMP_WAIT_POLICY=passive .venv-vllm/bin/python benchmarks/in_vllm.py --prompts PROMPTS.jsonl --limit 16 --json FILE
 
-Seconds are also those of the process on its processors, which other work on the machine does not lengthen much.
+Seconds are also those of the process on its processors, which other work on the machine does not lengthen much, if
+waiting threads sleep (OMP_WAIT_POLICY).
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python engine.py '[{"drafter": null}, {"drafter": "ctc", "engine": {"tensor_parallel_size": 2}}]'
 
-drafter: null for vLLM alone; options: what else our part of --additional-config says; questions, tokens, rounds: how
-many are asked, the longest answer, how often all are asked; preface: begin every question with the same long text;
-engine, sampling: arguments of LLM and SamplingParams.
+drafter: null for vLLM alone; options: what else our part of --additional-config says; questions, tokens: how many are
+asked (or a list of texts), the longest answer; preface: begin every question with the same long text; engine, sampling:
+arguments of LLM and SamplingParams (a list of them: the questions take turns); rounds: how often all are asked, or a
+list of what differs each time.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def counters(engine: Any) -> dict[str, int]:
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Answer greedily; ids of every answer, round by round, and what vLLM counted."""
-    from vllm import LLM, SamplingParams
+    """Answer, greedily if not told otherwise; ids of every answer, round by round, and what vLLM counted."""
+    from vllm import LLM
 
     arguments = {
         "model": str(EMBEDDED / "target"),
@@ -72,19 +73,29 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         **options.get("engine", {}),
     }
     engine = LLM(**arguments)
-    wanted = {"temperature": 0, "max_tokens": options.get("tokens", 48), **options.get("sampling", {})}
-    questions = QUESTIONS[: options.get("questions", 8)]
+    rounds = options.get("rounds", 1)
+    parts = [{}] * rounds if isinstance(rounds, int) else rounds
+    return {"rounds": [ask(engine, {**options, **part}) for part in parts]}
+
+
+def ask(engine: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """One round; with `n` in the sampling, the answers to a question follow each other."""
+    from vllm import SamplingParams
+
+    asked = options.get("questions", 8)
+    questions = asked if isinstance(asked, list) else QUESTIONS[:asked]
     preface = PREFACE if options.get("preface") else ""
     chats = [[{"role": "user", "content": preface + question}] for question in questions]
-    rounds = []
-    for _ in range(options.get("rounds", 1)):
-        before, began = counters(engine), time.perf_counter()
-        outputs = engine.chat(chats, SamplingParams(**wanted), use_tqdm=False)
-        seconds = time.perf_counter() - began
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        counted = {name: value - before[name] for name, value in counters(engine).items()}
-        rounds.append({"answers": answers, "seconds": seconds, "counters": counted})
-    return {"rounds": rounds}
+    turns = options.get("sampling", {})
+    turns = turns if isinstance(turns, list) else [turns]
+    wanted = [{"temperature": 0, "max_tokens": options.get("tokens", 48), **turn} for turn in turns]
+    sampling = [SamplingParams(**wanted[index % len(wanted)]) for index in range(len(chats))]
+    before, began = counters(engine), time.perf_counter()
+    outputs = engine.chat(chats, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    answers = [list(answer.token_ids) for output in outputs for answer in output.outputs]
+    counted = {name: value - before[name] for name, value in counters(engine).items()}
+    return {"answers": answers, "seconds": seconds, "counters": counted}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 
 vLLM gives a custom proposer tokens only. So `register`, an entry point of the group `vllm.general_plugins`, wraps three
 methods of vLLM's model runner; without a CTCProposer they do what they did. vLLM verifies chains, not trees.
+On a CPU the proposer also mends what vLLM does with temperature, top_k and top_p of drafts (`repair_sampling`).
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class CTCProposer:
         if not _registered:
             raise UserError(f"The plugin of ctc-drafter is not loaded; let VLLM_PLUGINS name '{KEY}', or unset it.")
         check_setup(vllm_config.parallel_config)
+        repair_sampling()
         self.config = vllm_config
         self.options = read_options(vllm_config.additional_config)
         folder = drafter_folder(self.options.drafter)
@@ -228,6 +230,59 @@ def check_setup(parallel: Any) -> None:
         raise UserError("A drafter in vLLM works with tensor parallelism, not with pipeline parallelism.")
     if parallel.distributed_executor_backend == "external_launcher":
         raise UserError("A drafter in vLLM needs vLLM's own processes; leave out the backend 'external_launcher'.")
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """What vLLM's function of this name and signature is for: each request's value, once for each of its drafts.
+
+    x: (B,), of any type; cu_num_tokens: (B,), how many drafts the requests up to each of them have; (num_tokens,) of
+    the type of x comes back. A value equal to replace_from becomes replace_to.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+
+def _or_nothing(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's `apply_top_k_top_p`, but without a row to apply it to nothing happens."""
+
+    @functools.wraps(apply)
+    def wrapped(logits: torch.Tensor, k: Any, p: Any) -> Any:
+        return apply(logits, k, p) if len(logits) else logits
+
+    return wrapped
+
+
+def repair_sampling() -> list[str]:
+    """Replace what is wrong in vLLM's sampling of drafts on a CPU; the names of the functions that were.
+
+    Without Triton vLLM 0.32 expands temperature, top_k and top_p to the drafts by C++ that takes int64, on copies, and
+    drops the copy with the result: what comes back is what the memory held before (vLLM's issue 55005). And a top_k
+    without a top_p raises RuntimeError in a pass without drafts. Greedy decoding meets neither.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if not current_platform.is_cpu():
+        return []
+    names = []
+    values, ends = torch.tensor([7.75, 13.5, 0.0, 2.25]), torch.tensor([1, 3, 3, 6], dtype=torch.int32)
+    examples = [(values, ends, 6, 0, 1), (values.int(), ends, 6, 0, 1)]  # temperatures and top_p, and top_k
+    # Theirs first: memory that still held our result could pass for it.
+    theirs = [rejection_sampler.expand_batch_to_tokens(*example) for example in examples]
+    if not all(found.equal(expand_batch_to_tokens(*example)) for found, example in zip(theirs, examples)):
+        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        names.append("expand_batch_to_tokens")
+    try:
+        rejection_sampler.apply_top_k_top_p(torch.empty(0, 3), torch.empty(0, dtype=torch.int32), None)
+    except RuntimeError:
+        rejection_sampler.apply_top_k_top_p = _or_nothing(rejection_sampler.apply_top_k_top_p)
+        names.append("apply_top_k_top_p")
+    if names:
+        init_logger("vllm.ctc_drafter").info("Repaired vLLM's sampling of drafts on a CPU: %s.", ", ".join(names))
+    return names
 
 
 def register() -> None:
