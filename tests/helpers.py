@@ -263,3 +263,32 @@ BUILDS: list[Build] = [
     right_leaf_last,
     no_nodes,
 ]
+
+
+def joined(steps: list[Step]) -> tuple[list[int], str | None]:
+    return [t for step in steps for t in step.tokens], steps[-1].finish
+
+
+class ScriptedForMany(Drafter):
+    """A scripted drafter that finds out by the prompt which answer is told to it."""
+
+    def __init__(self, build: Build, answers: dict[tuple[int, ...], list[int]], vocab: int) -> None:
+        super().__init__()
+        self.build, self.answers, self.vocab = build, answers, vocab
+        self.script: Scripted | None = None
+
+    def start(self, capacity: int) -> None:
+        self.script = None
+
+    def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> int:
+        tokens = next_tokens[0].tolist()
+        if self.script is None:
+            prompt = next(p for p in self.answers if tokens[: len(p) - 1] == list(p[1:]))
+            self.script = Scripted(self.build, list(prompt), self.answers[prompt], self.vocab)
+            self.script.start(0)
+        guess: int = self.script.draft(features, next_tokens)
+        return guess
+
+    def tree(self, guess: Any, budget: int) -> DraftTree:
+        assert self.script is not None
+        return self.script.tree(guess, budget)

@@ -46,13 +46,14 @@ def test_parts_of_characters_have_names_of_their_own(embedded: Target) -> None:
 
 
 def test_bytes_that_a_vocabulary_spells_out(embedded: Target) -> None:
-    vocabulary = {"<unk>": 0, "a": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4}
+    vocabulary = {"<unk>": 0, "a": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "\u2581b": 5}
     model = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    model.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    space = decoders.Replace("\u2581", " ")
+    model.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     target = Target.__new__(Target)
     target.tokenizer, target.stop_ids = PreTrainedTokenizerFast(tokenizer_object=model), frozenset()
-    told = Offsets(target).push([LogProb(token, 0.0, []) for token in (1, 2, 3, 4, 1)])
+    told = Offsets(target).push([LogProb(token, 0.0, []) for token in (1, 2, 3, 4, 5)])
     assert [each.offset for each in told] == [0, 1, 1, 1, 2]
     entries = TokenTexts(target).of_chat(told)["content"]
-    assert [entry["token"] for entry in entries] == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "a"]
-    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "a€a"
+    assert [entry["token"] for entry in entries] == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", " b"]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == "a€ b"

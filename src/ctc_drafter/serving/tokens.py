@@ -78,14 +78,19 @@ class TokenTexts:
         return {"token": self._name(token), "logprob": value, "bytes": None if own is None else list(own)}
 
     def _name(self, token: int) -> str:
-        text, own = str(self._tokenizer.decode([token])), self._bytes(token)
+        text, own = self._text(token), self._bytes(token)
         if _HALF not in text or own is None:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
 
+    def _text(self, token: int) -> str:
+        """A token's text behind another token: at the beginning of a text some tokenizers leave out its space."""
+        once, twice = (str(self._tokenizer.decode([token] * count)) for count in (1, 2))
+        return once if _HALF in once else twice[len(once) :]
+
     def _bytes(self, token: int) -> bytes | None:
         """None where a token is part of a character and the vocabulary does not tell its bytes."""
-        text = str(self._tokenizer.decode([token]))
+        text = self._text(token)
         if _HALF not in text:
             return text.encode()
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
