@@ -41,7 +41,7 @@ class Pace:
 
     def __init__(self, budgets: Sequence[int]) -> None:
         """budgets: the candidates, tried in this order where nothing is known."""
-        self.budgets = tuple(dict.fromkeys(budgets))
+        self.budgets = tuple(budgets)
         self._seconds: dict[int, dict[int, deque[float]]] = {b: {} for b in self.budgets}
         self._tokens: dict[int, float] = {}
         """Per row and pass."""
@@ -64,8 +64,8 @@ class Pace:
 
         compiled: passes are, and only those of the budget itself and of nothing.
         """
-        if compiled:
-            return cls([budget, 0])
+        if compiled or not budget:
+            return cls([budget, 0] if budget else [0])
         return cls([budget, *([budget // 2] if budget > 1 else []), 0, *([2 * budget] if rows > 1 else [])])
 
     def choose(self, rows: int, most: int | None = None) -> int:
