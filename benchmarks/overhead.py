@@ -24,7 +24,7 @@ from shapes import SHAPES, config_of, drafter_of
 
 def row(name: str, target: Target, drafter: CTCDrafter, target_bytes: int, itemsize: int) -> dict[str, Any]:
     """Sizes and their ratios; `total` counts weights and the cache of a full context of 4,096 positions."""
-    parameters = sum(p.numel() for p in target.model.parameters())
+    parameters = target.num_parameters
     layer = drafter.module.layers[0]
     own = 2 * len(drafter.module.layers) * layer.kv_heads * layer.dim * itemsize
     both = [

@@ -186,7 +186,7 @@ def measure(name: str, rates: list[float], options: argparse.Namespace) -> dict[
     read = weights - target.embedding.weight.nbytes + kv  # one row of the embedding is read
     return {
         "shape": name,
-        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "parameters": target.num_parameters,
         "layers": target.num_layers,
         "hidden_size": target.hidden_size,
         "drafter_share": own / weights,

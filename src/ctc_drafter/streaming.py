@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-_HALF = "\ufffd"  # what decoding yields for an incomplete UTF-8 sequence
+HALF = "\ufffd"
+"""What decoding yields for an incomplete UTF-8 sequence."""
 
 
 class TextStream:
@@ -25,7 +26,7 @@ class TextStream:
         """Add tokens; return the text that is now certain (empty while a character is incomplete)."""
         self._ids += tokens
         before, after = self._decode(self._start, self._read), self._decode(self._start, len(self._ids))
-        if after.endswith(_HALF) or len(after) <= len(before):
+        if after.endswith(HALF) or len(after) <= len(before):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return after[len(before) :]

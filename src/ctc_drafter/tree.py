@@ -49,6 +49,20 @@ class DraftTree:
         none = torch.zeros(batch, 0, dtype=torch.long, device=device)
         return cls(none, none, none)
 
+    def path_of(self, tokens: Sequence[int]) -> list[int]:
+        """The nodes that carry `tokens`, as far as they go down this tree of one row; of equal siblings the first."""
+        node_of: dict[tuple[int, int], int] = {}
+        for node, edge in enumerate(zip(self.parents[0].tolist(), self.tokens[0].tolist())):
+            node_of.setdefault(edge, node)
+        here, path = ROOT, []
+        for token in tokens:
+            below = node_of.get((here, token))
+            if below is None:
+                break
+            here = below
+            path.append(here)
+        return path
+
     @classmethod
     def from_paths(
         cls, paths: Sequence[Sequence[Sequence[int]]], budget: int, device: torch.device | str | None = None

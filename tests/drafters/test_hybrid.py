@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, HybridDrafter, LookupDrafter, NoDrafter, load_drafter
-from ctc_drafter.drafters.hybrid import REACHED, WEIGHT, Promise, walked, with_path
+from ctc_drafter.drafters.hybrid import REACHED, WEIGHT, Promise, with_path
 from ctc_drafter.drafters.lookup import MAX_LENGTH, NEAREST
 from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
@@ -105,7 +105,7 @@ def test_what_was_accepted_is_read_off_the_tree(tree: DraftTree, tokens: list[in
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens[0].tolist(), tree.parents[0].tolist()):
         paths.append((*(paths[parent] if parent != ROOT else ()), token))
-    assert walked(tree, tokens) == max(n for n in range(len(tokens) + 1) if not n or tuple(tokens[:n]) in paths)
+    assert len(tree.path_of(tokens)) == max(n for n in range(len(tokens) + 1) if not n or tuple(tokens[:n]) in paths)
 
 
 class Given(Pace):

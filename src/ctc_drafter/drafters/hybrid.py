@@ -150,7 +150,8 @@ class HybridDrafter(Drafter):
         if self._resting is not None:
             self._promise.looked_up(*self._found, tokens)
         if self._resting is False:
-            self._promise.drafted(walked(self._tree, tokens))
+            # The tokens may be those of several passes, but what the first one chose last was in no node.
+            self._promise.drafted(len(self._tree.path_of(tokens)))
         self._device = self.lookup.draft(features, next_tokens)
         match, path = self._found = self.lookup.longest(CLASSES[-1])
         self._chances = self._promise.chances(match, len(path))
@@ -163,24 +164,6 @@ class HybridDrafter(Drafter):
             return pairs[0]
         features, tokens = zip(*pairs)
         return torch.cat(features, 1), torch.cat(tokens, 1)
-
-
-def walked(tree: DraftTree, tokens: list[int]) -> int:
-    """How many of the `tokens` that came were drafted: as far as they go down a tree of one row.
-
-    They may be those of several passes, since passes without a draft tell a drafter nothing: no more than the first
-    pass accepted is counted, for what it chose last was in no node.
-    """
-    node_of: dict[tuple[int, int], int] = {}
-    for node, pair in enumerate(zip(tree.parents[0].tolist(), tree.tokens[0].tolist())):
-        node_of.setdefault(pair, node)
-    node, count = ROOT, 0
-    for token in tokens:
-        below = node_of.get((node, token))
-        if below is None:
-            break
-        node, count = below, count + 1
-    return count
 
 
 def with_path(tree: DraftTree, path: list[int], chances: list[float]) -> DraftTree:

@@ -111,7 +111,7 @@ class Message(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _has_content(cls, value: Any) -> Any:
+    def _empty_answer(cls, value: Any) -> Any:
         """An answer without text, as clients send it back, is an empty one."""
         if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content", 0) is None:
             return {**value, "content": ""}

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..logprobs import LogProb
-from ..streaming import TextStream
+from ..streaming import HALF, TextStream
 from ..target import Target
-
-_HALF = "\ufffd"
 
 
 def _byte_of() -> dict[str, int]:
@@ -79,19 +77,19 @@ class TokenTexts:
 
     def _name(self, token: int) -> str:
         text, own = self._text(token), self._bytes(token)
-        if _HALF not in text or own is None:
+        if HALF not in text or own is None:
             return text
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
 
     def _text(self, token: int) -> str:
         """A token's text behind another token: at the beginning of a text some tokenizers leave out its space."""
         once, twice = (str(self._tokenizer.decode([token] * count)) for count in (1, 2))
-        return once if _HALF in once else twice[len(once) :]
+        return once if HALF in once else twice[len(once) :]
 
     def _bytes(self, token: int) -> bytes | None:
         """None where a token is part of a character and the vocabulary does not tell its bytes."""
         text = self._text(token)
-        if _HALF not in text:
+        if HALF not in text:
             return text.encode()
         piece = str(self._tokenizer.convert_ids_to_tokens(token))
         if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):

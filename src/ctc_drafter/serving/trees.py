@@ -19,7 +19,7 @@ def tree_nodes(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
         return []
     tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
     log_probs = [None] * len(tokens) if tree.log_probs is None else tree.log_probs[0].tolist()
-    taken = _path(tokens, parents, step.tokens[: step.accepted])
+    taken = set(tree.path_of(step.tokens[: step.accepted]))
     places: dict[int, int] = {ROOT: ROOT}
     out: list[dict[str, Any]] = []
     for node, (token, parent, value) in enumerate(zip(tokens, parents, log_probs, strict=True)):
@@ -29,15 +29,3 @@ def tree_nodes(step: Step, tokenizer: Any) -> list[dict[str, Any]]:
         entry = {"text": tokenizer.decode([token]), "parent": places[parent], "accepted": node in taken}
         out.append(entry | {"log_prob": None if value is None else round(value, 4)})
     return out
-
-
-def _path(tokens: list[int], parents: list[int], accepted: list[int]) -> set[int]:
-    """The nodes that carry the accepted tokens; of equal siblings the first, as in acceptance."""
-    here, path = ROOT, set()
-    for token in accepted:
-        node = next((i for i, (t, p) in enumerate(zip(tokens, parents)) if t == token and p == here), None)
-        if node is None:
-            break
-        path.add(node)
-        here = node
-    return path
