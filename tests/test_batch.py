@@ -17,6 +17,7 @@ from ctc_drafter.acceptance import Chooser, Sampling
 from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters.hybrid import HybridDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from helpers import (
@@ -102,6 +103,7 @@ def drafters(family: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for kind, config in (("ctc", {"feature_layers": [1, -1]}), ("eagle", {}), ("hydra", {}), ("medusa", {})):
         config = {**config, "heads": 4, "kv_heads": 2} if kind in ("ctc", "eagle") else config
         out[kind] = load_drafter(str(build_drafter(folder / kind, family, kind, **config)), family)
+    out["ctc+lookup"] = HybridDrafter(out["ctc"])
     return out
 
 
@@ -197,7 +199,7 @@ MANY = settings(
 )
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "eagle", "hydra", "medusa"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "ctc+lookup", "eagle", "hydra", "medusa"])
 @MANY
 @given(actions=ACTIONS, adaptive=st.booleans())
 def test_any_interleaving_answers_as_one_by_one(

@@ -14,7 +14,7 @@ import torch
 from conftest import TEXTS, build_drafter
 from ctc_drafter.batch import Batch
 from ctc_drafter.decoding import Step, generate
-from ctc_drafter.drafters import NoDrafter, load_drafter
+from ctc_drafter.drafters import LOOKUP, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
@@ -59,10 +59,12 @@ def run_all(batch: Batch, keys: list[int]) -> list[list[Step]]:
     return [steps[key] for key in keys]
 
 
-@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "eagle", "hydra", "medusa", "parallel"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "ctc", "ctc+lookup", "eagle", "hydra", "medusa", "parallel"])
 def test_the_steps_are_those_of_generate(kind: str, endless: Target, tmp_path: Path) -> None:
     trained = kind not in ("none", "lookup")
-    drafter = load_drafter(str(build_drafter(tmp_path / "d", endless, kind)) if trained else kind, endless)
+    base = kind.removesuffix(LOOKUP)
+    folder = f"{build_drafter(tmp_path / 'd', endless, base)}{kind.removeprefix(base)}" if trained else kind
+    drafter = load_drafter(folder, endless)
     prompts = prompts_of(endless)
     want = [shape(list(generate(endless, drafter, p, max_new_tokens=TOKENS, budget=BUDGET))) for p in prompts]
     batch = Batch(endless, drafter, rows=8, budget=BUDGET, adaptive=False)

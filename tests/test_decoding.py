@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,13 +129,35 @@ def test_untrained_drafters(
     assert {s.drafted for s in steps[1:]} == {budget}
 
 
+def walking_in_circles(target: Target, period: int = 7) -> Target:
+    """The same shape with weights that name the next token of a circle of `period` ids after each."""
+    model = copy.deepcopy(target.model)
+    model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    here = torch.arange(target.vocab_size // period * period)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding = model.model.embed_tokens.weight
+        embedding /= embedding.norm(dim=1, keepdim=True).clamp_min(1e-6)  # one may be padding
+        model.lm_head.weight.zero_()[here // period * period + (here + 1) % period] = embedding[here]
+    circles = Target.of(model, target.tokenizer, "circles")
+    circles.stop_ids = frozenset()
+    return circles
+
+
 @pytest.mark.parametrize("budget", [1, 5, 16])
 def test_lookup(budget: int, target: Target, prompt: list[int]) -> None:
-    """On a text that repeats itself its guesses are accepted; the answer is the same anyway."""
+    """On a text that goes in circles its guesses are accepted; on another the answer is the same anyway."""
     text = (prompt * 4)[: CONTEXT - TOKENS - 1]
     out, steps = run(target, load_drafter("lookup", target), text, TOKENS, budget=budget)
     assert out == plain(target, text, TOKENS)
     assert {s.drafted for s in steps[1:]} == {budget}
+
+    circles, text = walking_in_circles(target), [*range(14, 21)] * 2
+    out, steps = run(circles, load_drafter("lookup", circles), text, TOKENS, budget=budget)
+    assert out == plain(circles, text, TOKENS) == [14 + i % 7 for i in range(TOKENS)]
+    assert all(s.accepted >= min(budget, 7) for s in steps[1:-1]) and steps[-1].accepted
 
 
 @pytest.mark.parametrize("build", [always_right, random_tree])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ctc_drafter.drafters import DRAFTERS, Drafter, load_drafter
+from ctc_drafter.drafters.hybrid import HybridDrafter
 from helpers import BUILDS, Scripted
 
 from .family import Case, Family
@@ -15,6 +16,8 @@ from .family import Case, Family
 ATTENTION = {"heads": 4, "kv_heads": 2}
 CTC: dict[str, Any] = {**ATTENTION, "slots": 6, "labels": 5, "context_rank": 8}
 FEW: dict[str, Any] = {"vocabulary": 24}
+REPEATED = 7
+"""Place among the kept tokens of the one that "repeats" drafts."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "ctc": ("ctc", CTC),
@@ -48,8 +51,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Names and configs. "few tokens" drafts tokens of the answers, "other tokens" none of them."""
 
+WITH_LOOKUP = {"ctc+lookup": "ctc, few tokens", "eagle+lookup": "eagle, few tokens"}
 SCRIPTS = {build.__name__: build for build in BUILDS}
-NAMES = ["none", "lookup", *KINDS, *SCRIPTS]
+NAMES = ["none", "lookup", *KINDS, *WITH_LOOKUP, *SCRIPTS]
 
 Make = Callable[[Case], Drafter | None]
 
@@ -59,7 +63,10 @@ def maker(name: str, family: Family) -> tuple[Drafter, Make]:
     if name in SCRIPTS:
         vocab = family.target.vocab_size
         return load_drafter("none", family.target), lambda c: Scripted(SCRIPTS[name], c.prompt, c.answer, vocab)
-    drafter = load_drafter(name, family.target) if name not in KINDS else trained(name, family)
+    if name in WITH_LOOKUP:
+        drafter: Drafter = HybridDrafter(trained(WITH_LOOKUP[name], family))
+    else:
+        drafter = trained(name, family) if name in KINDS else load_drafter(name, family.target)
     return drafter, lambda case: None
 
 
@@ -78,7 +85,8 @@ def trained(name: str, family: Family) -> Drafter:
     drafter.fit_vocabulary((said == 0).long() if name.endswith("other tokens") else said)
     drafter.eval().requires_grad_(False).prepare()
     if name.endswith(("all blank", "repeats")):
-        drafter._logits = lambda slots: constant(slots, drafter, -1 if name.endswith("blank") else 7)
+        assert hasattr(drafter, "slot_logits")  # else the next line would change nothing
+        drafter.slot_logits = lambda slots: constant(slots, drafter, -1 if name.endswith("blank") else REPEATED)
     return drafter  # type: ignore[no-any-return]
 
 
