@@ -112,7 +112,11 @@ def test_a_target_is_told(target_folder: Path, target: Target, tmp_path: Path) -
     assert report["what"] == "target" and report["architectures"] == ["LlamaForCausalLM"] and report["chat_template"]
     assert report["layers"] == 2 and report["context"] == 192 and set(report["stop_ids"]) == set(target.stop_ids)
     assert report["parameters"] == sum(p.numel() for p in target.model.parameters()) and report["dtype"] == ["F32"]
-    assert [check["name"] for check in told(target_folder, "--self-test")["checks"]] == ["weights", "tree self-test"]
+    assert [check["name"] for check in told(target_folder, "--self-test")["checks"]] == [
+        "configs",
+        "weights",
+        "tree self-test",
+    ]
     assert not told(build_target(tmp_path / "base", chat=False))["chat_template"]
 
 
@@ -154,7 +158,7 @@ def test_what_is_refused(drafter_folder: Path, target_folder: Path, tmp_path: Pa
     cases: list[tuple[tuple[object, ...], str]] = [
         ((tmp_path / "no",), "no file or folder"),
         ((tmp_path,), "no config.json"),
-        ((broken,), "cannot be read as JSON"),
+        ((broken,), "is not valid JSON"),
         ((other,), "neither a drafter nor"),
         ((broken / "config.json",), "JSON"),
         ((other / "config.json",), "not a result file"),

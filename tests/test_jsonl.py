@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ctc_drafter.errors import UserError
-from ctc_drafter.jsonl import read_jsonl
+from ctc_drafter.jsonl import read_jsonl, read_object
 
 WRITERS: dict[str, Callable[[Path, bytes], Any]] = {
     ".jsonl": Path.write_bytes,
@@ -61,6 +61,38 @@ def test_damaged_archives(suffix: str, damage: Callable[[bytes], bytes], tmp_pat
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"cannot be read|not valid JSON"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "is not valid JSON"),
+        (b'{"a": 1', "is not valid JSON"),
+        (b'{"a": "\xff"}', "is not valid JSON"),
+        (b"[" * 9999, "nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "thousands of digits"),
+        (b"5", "holds no JSON object"),
+        (b"null", "holds no JSON object"),
+    ],
+)
+def test_files_without_an_object(content: bytes, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=match) as error:
+        read_object(path, then="; make it anew")
+    assert str(path) in str(error.value) and str(error.value).endswith("; make it anew.")
+
+
+def test_a_file_with_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes('{"a": "ü"}'.encode())
+    assert read_object(path) == {"a": "ü"}
+    with pytest.raises(UserError, match="cannot be read"):
+        read_object(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_object(tmp_path / "b.json")
+    with pytest.raises(UserError, match=r"^Nothing here\.$"):
+        read_object(path / "b.json", "Nothing here.")
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -202,8 +202,14 @@ def test_folder_without_config(tmp_path: Path) -> None:
 
 def test_broken_config(target_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(target_folder, tmp_path / "t")
-    (tmp_path / "t" / "config.json").write_text("{")
-    refuse(tmp_path / "t", "cannot be read")
+    for text, match in (
+        ("{", "not valid JSON"),
+        ("5", "no JSON object"),
+        ("null", "no JSON object"),
+        ("[" * 9999, "nested"),
+    ):
+        (tmp_path / "t" / "config.json").write_text(text)
+        refuse(tmp_path / "t", match)
 
 
 def test_unknown_family(target_folder: Path, tmp_path: Path) -> None:

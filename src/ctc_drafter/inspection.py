@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,14 +11,16 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 from safetensors import safe_open
-from torch import nn
 from transformers import AutoConfig
 
 from .config import from_mapping
 from .drafters import DRAFTERS, EMBEDDED_DRAFTERS, TrainableDrafter
 from .drafters.base import check_digest, load_trainable
+from .drafters.shell import shell
 from .errors import UserError
+from .jsonl import read_object
 from .target import EMBEDDED, Target
+from .target.loading import check_folder
 from .words import byte_size, number, size
 
 Report = dict[str, Any]
@@ -47,7 +47,8 @@ def inspect_path(
         return _result(place)
     if not place.is_dir():
         raise UserError(f"There is no file or folder '{place}'.")
-    content = _read_json(place / "config.json", place)
+    missing = f"'{place}' has no config.json, so it is neither a drafter nor a target."
+    content = read_object(place / "config.json", missing)
     if "speculators_config" in content:
         _refuse(self_test, f"'{place}' is a drafter; --self-test is for targets, --target TARGET says what it fits.")
         return _drafter(place, content, None if target is None else lambda: load(target))
@@ -97,7 +98,7 @@ def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -
         "checks": [],
     }
     checks = report["checks"]
-    drafter = _attempt(checks, "config", lambda: _shell(cls, fields, verifier, str(folder / "config.json")))
+    drafter = _attempt(checks, "config", lambda: _shell(cls, fields, verifier, folder))
     if drafter is not None:
         report["parameters"] = drafter.num_parameters
         report["proposed_tokens"] = drafter.proposed_tokens
@@ -111,22 +112,8 @@ def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -
     return report
 
 
-def _shell(cls: Any, fields: Report, verifier: Report, where: str) -> TrainableDrafter:
-    """The drafter that the config describes, without numbers, on a stand-in for its target."""
-    width, vocabulary = verifier.get("hidden_size"), verifier.get("vocab_size")
-    if not isinstance(width, int) or not isinstance(vocabulary, int):
-        raise UserError(f"{where}: hidden_size or vocab_size of the target is missing.")
-    with torch.device("meta"):
-        stand_in = SimpleNamespace(
-            name=verifier.get("name_or_path"),
-            hidden_size=width,
-            vocab_size=vocabulary,
-            max_context=1,
-            embedding=nn.Embedding(vocabulary, width),
-            head=nn.Linear(width, vocabulary, bias=False),
-        )
-        drafter: TrainableDrafter = cls(from_mapping(cls.config_class, fields, where), stand_in)
-    return drafter
+def _shell(cls: Any, fields: Report, verifier: Report, folder: Path) -> TrainableDrafter:
+    return shell(cls, from_mapping(cls.config_class, fields, str(folder / "config.json")), verifier, folder)
 
 
 def _compare(folder: Path, drafter: TrainableDrafter) -> str:
@@ -180,7 +167,7 @@ def _training(folder: Path, content: Report) -> Report | None:
         run = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         out["recipe"] = dict(run["recipe"])
         out["versions"] = dict(run.get("versions") or {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except Exception:  # yaml raises whatever its constructors stumble over
         pass  # a drafter does not need it
     return {key: value for key, value in out.items() if value is not None} or None
 
@@ -213,6 +200,7 @@ def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: 
         "checks": [],
     }
     checks = report["checks"]
+    _attempt(checks, "configs", lambda: check_folder(folder))
     weights = _attempt(checks, "weights", lambda: _target_weights(folder), note=lambda w: f"{len(w)} tensors")
     if weights is not None:
         report["parameters"] = sum(torch.Size(shape).numel() for shape, _ in weights.values())
@@ -229,7 +217,7 @@ def _target_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return weights_of([folder / "model.safetensors"])
     if not index.is_file():
         raise UserError("there is no model.safetensors; other formats are not loaded")
-    named = dict(_read_json(index, folder)["weight_map"])
+    named = dict(read_object(index)["weight_map"])
     files = sorted({folder / str(name) for name in named.values()})
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -262,7 +250,7 @@ def _stop_ids(folder: Path, text: Any) -> list[int]:
 
 
 def _result(path: Path) -> Report:
-    content = _read_json(path, path.parent)
+    content = read_object(path)
     if content.get("kind") != "ctc-drafter bench" or not isinstance(content.get("totals"), dict):
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
     keys = ("date", "complete", "target", "drafter", "versions")
@@ -282,7 +270,7 @@ def result_line(report: Report) -> str:
             f"identical {_share(totals['identical'], totals['answers'])}"
             + ("" if report["complete"] else "; the run was interrupted")
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"'{report['path']}' lacks what a result of `ctc-drafter bench` has ({error!r}).") from None
 
 
@@ -364,24 +352,11 @@ def _attempt(checks: list[Report], name: str, work: Callable[[], Any], note: Cal
     return value
 
 
-def _read_json(path: Path, folder: Path) -> Report:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"'{folder}' has no config.json, so it is neither a drafter nor a target.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON ({' '.join(str(error).split())}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds no JSON object.")
-    return content
-
-
 def _optional_json(path: Path) -> Report:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _folder_bytes(folder: Path) -> int:

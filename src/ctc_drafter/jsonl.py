@@ -1,4 +1,4 @@
-"""JSON lines, plain or compressed (.gz, .xz): one object a line."""
+"""JSON that others wrote: a file of it, or lines, plain or compressed (.gz, .xz), of one object each."""
 
 from __future__ import annotations
 
@@ -41,3 +41,38 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}, line {line_number}: cannot be read ({reason}).") from None
     except OSError as error:
         raise UserError(f"File '{path}' cannot be read ({error.strerror or error}).") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What the JSON text says. Raises ValueError, with a reason in one line, whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise ValueError("it holds a number of thousands of digits") from None
+
+
+def read_json(path: Path, missing: str | None = None, then: str = "") -> Any:
+    """What the JSON file says. Raises UserError if it cannot be read.
+
+    missing: the error where there is no such file; then: what follows from damage, with which the error ends.
+    """
+    try:
+        return parse_json(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        if missing is not None and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UserError(missing) from None
+        raise UserError(f"'{path}' cannot be read ({error.strerror or error}).") from None
+    except ValueError as error:
+        raise UserError(f"'{path}' is not valid JSON ({error}){then}.") from None
+
+
+def read_object(path: Path, missing: str | None = None, then: str = "") -> dict[str, Any]:
+    """The JSON object in a file, see `read_json`."""
+    content = read_json(path, missing, then)
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds no JSON object{then}.")
+    return content

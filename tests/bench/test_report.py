@@ -241,6 +241,7 @@ def test_one_name_never_stands_for_two_measurements(write: Write, tmp_path: Path
     [
         (None, "cannot be read"),
         ("{broken", "is not valid JSON"),
+        ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
         ("[1]", "is not a result file of"),
         ('{"kind": "something else"}', "is not a result file of"),
         ('{"kind": "ctc-drafter bench"}', "it has no 'target'"),
@@ -262,7 +263,8 @@ def test_damaged_results_and_histories_are_named(write: Write, tmp_path: Path) -
     with pytest.raises(UserError, match="its 'rows' are not"):
         compare_files([write("ctc", 8, change=lambda content: content["rows"][0].pop("turn"))])
     history = tmp_path / "ctc.history.json"
-    for content in ("[]", "{}", '[{"step": 1}]', '[{"step": 1, "loss": "x"}]'):
+    huge = f'[{{"step": 1, "loss": {"1" * 400}}}]'
+    for content in ("[]", "{}", '[{"step": 1}]', '[{"step": 1, "loss": "x"}]', '[{"step": null, "loss": 1}]', huge):
         history.write_text(content)
         with pytest.raises(UserError, match=r"ctc.history.json' holds no training history"):
             read_history(history)

@@ -138,7 +138,7 @@ def test_missing_config(copy: Path, target: Target) -> None:
     assert "no config.json" in refused(copy, target)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"speculators_model_type": "ctc"}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"speculators_model_type": "ctc"}', "\xff", "[" * 9999])
 def test_broken_config(text: str, copy: Path, target: Target) -> None:
     (copy / "config.json").write_bytes(text.encode("latin-1"))
     assert "not a ctc-drafter checkpoint" in refused(copy, target)
@@ -171,6 +171,25 @@ def test_unknown_field(copy: Path, target: Target) -> None:
 def test_impossible_field(copy: Path, target: Target) -> None:
     edit(copy, lambda c: c["drafter"].update(slots=0))
     assert "slots" in refused(copy, target)
+
+
+ABSURD = [("ctc", "slots"), ("ctc", "layers"), ("medusa", "slots"), ("parallel", "slots"), ("hydra", "steps")]
+ABSURD += [("hydra", "layers"), ("eagle", "intermediate_size"), ("ctc", "context_rank")]
+
+
+@pytest.mark.parametrize("size", [10**8, 10**12, 10**30])
+@pytest.mark.parametrize(("kind", "name"), ABSURD)
+def test_sizes_that_no_memory_holds(kind: str, name: str, size: int, target: Target, tmp_path: Path) -> None:
+    folder = build_drafter(tmp_path / kind, target, kind)
+    both = kind in ("medusa", "parallel")  # without blanks every slot is a label
+    edit(folder, lambda c: c["drafter"].update({name: size, **({"labels": size} if both else {})}))
+    assert "describes a drafter that cannot be built" in refused(folder, target)
+
+
+def test_probes_of_the_wrong_type(copy: Path, target: Target) -> None:
+    for probe in (5, ["a"], [[1]], [10**400]):
+        edit(copy, lambda c, probe=probe: c["speculators_config"]["verifier"].update(probe=probe))  # type: ignore[misc]
+        assert "not a ctc-drafter checkpoint" in refused(copy, target)
 
 
 def test_feature_layer_that_the_target_lacks(copy: Path, target: Target) -> None:

@@ -224,10 +224,15 @@ def test_too_many_bad_shards(recipe: TrainConfig, folder: Path) -> None:
 
 
 def test_damaged_index(recipe: TrainConfig, folder: Path) -> None:
-    for content in ("{", "[]", "{}"):
+    whole = (folder / "index.json").read_text()
+    changes = [whole.replace('"name"', '"nane"'), whole.replace('"layers": [', '"layers": 5, "x": [')]
+    changes += [whole.replace('"shards"', '"shards": ["a"], "x"')]
+    for content in ("{", "[]", "{}", "[" * 9999, *changes):
+        assert content != whole
         (folder / "index.json").write_text(content)
-        assert "'index.json' is damaged" in refused(train, recipe).replace(f"{folder}/", "")
-        assert "damaged" in refused(cache_features, recipe, folder)
+        for work in ((train, recipe), (cache_features, recipe, folder)):
+            message = refused(*work)
+            assert "index.json'" in message and "run cache-features into another folder" in message
 
 
 # ---------------------------------------------------------------- resuming

@@ -223,6 +223,30 @@ def test_corpus_that_is_too_small(recipe: PretrainConfig) -> None:
     assert "takes at least 1000 and 1" in refused(replace(recipe, batch=1000))
 
 
+def test_damaged_blocks(recipe: PretrainConfig, tmp_path: Path) -> None:
+    first = pretrain(recipe)
+    path = tmp_path / "model.work" / "blocks.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", whole[:5], whole[: len(whole) // 2], whole[:-1], whole.replace(b'"held"', b'"hold"')):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"blocks.safetensors' is damaged .*; remove it") as error:
+            pretrain(recipe)
+        assert "\n" not in str(error.value)
+    path.unlink()
+    pretrain(recipe)
+    assert path.read_bytes() == whole and (first / "model.safetensors").is_file()
+
+
+def test_a_damaged_card_of_the_first_target_is_found_before_training(
+    recipe: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pretrain(recipe)
+    (first / "pretrain.json").write_text('{"recipe": ')
+    monkeypatch.setattr(module, "_optimize", None)
+    with pytest.raises(UserError, match=r"pretrain.json' is not valid JSON"):
+        pretrain(replace(recipe, output=str(tmp_path / "later"), init=str(first)))
+
+
 def test_fewer_steps_than_were_done(recipe: PretrainConfig) -> None:
     pretrain(recipe)
     assert "is of step 6; set steps to at least that" in refused(replace(recipe, steps=3, decay=1))

@@ -300,6 +300,7 @@ def test_a_wrong_key(recipe: DistillConfig, server: FakeServer, monkeypatch: pyt
     [
         (b"<html>hello</html>", "is not a JSON object"),
         (b"[1]", "is not a JSON object"),
+        (b"[" * 9999, "is not a JSON object"),
         (b"{}", "holds no answer"),
         (b'{"choices": []}', "holds no answer"),
         (b'{"choices": [3]}', "holds no answer"),

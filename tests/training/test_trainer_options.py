@@ -290,7 +290,9 @@ def test_a_lock_that_changed_hands_is_left(tmp_path: Path) -> None:
         ({"pid": 2**22 + 1}, True),
         ({"host": "elsewhere"}, False),
         ({"host": "elsewhere", "pid": 2**22 + 1}, False),
+        ({"pid": 10**30}, False),
         ("damaged", False),
+        ("[" * 9999, False),
     ],
 )
 def test_only_a_dead_owner_on_this_host_is_replaced(owner: Any, free: bool, tmp_path: Path) -> None:

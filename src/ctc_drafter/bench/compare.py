@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..jsonl import read_json
 from .results import KIND
 
 HISTORY_SUFFIX = ".history.json"
@@ -231,7 +231,7 @@ def _plain_lengths(content: dict[str, Any]) -> dict[tuple[Any, ...], int]:
 
 def read_result(path: Path) -> dict[str, Any]:
     """One result file of `bench`. Raises UserError if it is anything else."""
-    content = _read_json(path)
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
     for part, keys in NEEDED.items():
@@ -255,13 +255,13 @@ def read_history(path: Path) -> Training:
     """A `<drafter>.history.json` that `train` writes beside a drafter."""
     if not path.name.endswith(HISTORY_SUFFIX):
         raise UserError(f"'{path}' is not named <drafter>{HISTORY_SUFFIX}, so it cannot be told whose history it is.")
-    return Training(path.name.removesuffix(HISTORY_SUFFIX), _history(_read_json(path), path))
+    return Training(path.name.removesuffix(HISTORY_SUFFIX), _history(read_json(path), path))
 
 
 def read_drafter_folder(folder: Path) -> Training:
     """The training that a drafter's own `config.json` tells of."""
     path = folder / "config.json"
-    content = _read_json(path)
+    content = read_json(path)
     training = content.get("training") if isinstance(content, dict) else None
     if not isinstance(training, dict):
         raise UserError(f"'{path}' tells nothing of a training; leave the folder out.")
@@ -269,19 +269,10 @@ def read_drafter_folder(folder: Path) -> Training:
 
 
 def _history(rows: Any, path: Path) -> list[dict[str, float]]:
-    def is_row(row: Any) -> bool:
-        numbers = isinstance(row, dict) and all(isinstance(v, (int, float)) for v in row.values() if v is not None)
-        return numbers and {"step", "loss"} <= row.keys()
-
-    if not isinstance(rows, list) or not rows or not all(is_row(row) for row in rows):
-        raise UserError(f"'{path}' holds no training history, a list of rows with 'step' and 'loss'.")
-    return [{k: float(v) for k, v in row.items() if v is not None} for row in rows]
-
-
-def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({error.strerror or error}).") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"'{path}' is not valid JSON ({error}).") from None
+        history = [{key: float(value) for key, value in row.items() if value is not None} for row in rows]
+        if history and all("loss" in row and math.isfinite(row["step"]) for row in history):
+            return history
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        pass  # it is something else
+    raise UserError(f"'{path}' holds no training history, a list of rows with numbers, 'step' and 'loss' among them.")

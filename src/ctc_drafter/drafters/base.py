@@ -16,8 +16,10 @@ from torch import nn
 from ..config import from_mapping
 from ..errors import UserError
 from ..files import file_digest, write_folder
+from ..jsonl import read_object
 from ..target import Target
 from ..tree import DraftTree
+from .shell import build
 
 Registry = dict[str, type["Drafter"]]
 DRAFTERS: Registry = {}
@@ -274,7 +276,7 @@ def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
     Raises UserError if the folder cannot be read or does not fit.
     """
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["speculators_model_type"]
+        kind = read_object(folder / "config.json")["speculators_model_type"]
         weights = load_file(folder / WEIGHTS)
         if kind != drafter.kind:
             raise ValueError(f"it holds a drafter of kind '{kind}', not '{drafter.kind}'")
@@ -289,29 +291,31 @@ def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 
     Raises UserError if the config is damaged or of an unknown kind.
     """
+    path = folder / "config.json"
+    content = read_object(
+        path, f"Drafter folder '{folder}' has no config.json.", ", so it is not a ctc-drafter checkpoint"
+    )
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
         fields = dict(content["drafter"])
         cls: Any = DRAFTERS.get(kind)
         if not isinstance(verifier, dict):
             raise TypeError("verifier is not a mapping")
-    except FileNotFoundError:
-        raise UserError(f"Drafter folder '{folder}' has no config.json.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        verifier["probe"] = [float(number) for number in verifier.get("probe") or []]
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({reason}).") from None
+        raise UserError(f"'{path}' is not a ctc-drafter checkpoint ({reason}).") from None
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
-    return cls, from_mapping(cls.config_class, fields, str(folder / "config.json")), content
+    return cls, from_mapping(cls.config_class, fields, str(path)), content
 
 
 def load_trainable(folder: Path, target: Target) -> Drafter:
     """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
     cls, config, content = read_config(folder)
     _check_target(folder, content["speculators_config"]["verifier"], target)
-    drafter: TrainableDrafter = cls(config, target)
+    drafter = build(cls, config, target, folder)
     target.check_layers(drafter.feature_layers)
     with torch.no_grad():
         for p in drafter.parameters():
@@ -346,7 +350,7 @@ def _check_target(folder: Path, verifier: dict[str, Any], target: Target) -> Non
                 f"Drafter '{folder}' was made for target '{made_for}' with {key} {verifier.get(key)}, "
                 f"but '{target.name}' has {mine}; train one with `ctc-drafter train --target …`."
             )
-    theirs, ours = verifier.get("probe") or [], target.probe()
+    theirs, ours = verifier["probe"], target.probe()
     same = len(theirs) == len(ours) and all(abs(a - b) <= 0.02 * abs(a) + 1e-6 for a, b in zip(theirs, ours))
     if not same:
         raise UserError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..jsonl import read_object
 
 
 def target_name(path: str | Path) -> str:
@@ -43,12 +43,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> Any:
 
 def check_folder(path: Path) -> None:
     """Raise UserError if `path` does not look like the folder of a Hugging Face model."""
-    config = path / "config.json"
-    try:
-        content = json.loads(config.read_text())
-    except FileNotFoundError:
-        raise UserError(f"Folder '{path}' has no config.json, so it is not a Hugging Face model.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{config}' cannot be read ({error}).") from None
-    if "speculators_config" in content:
+    missing = f"Folder '{path}' has no config.json, so it is not a Hugging Face model."
+    if "speculators_config" in read_object(path / "config.json", missing):
         raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
 from ..files import file_digest, write_folder, write_text
+from ..jsonl import read_object
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -33,10 +34,7 @@ def check_recipe(
     """
     everything = " and ".join(f"'{p}'" for p in (*(p for p in belongs if p.exists()), path))
     if path.exists():
-        try:
-            old = {**(defaults or {}), **json.loads(path.read_text(encoding="utf-8"))}
-        except (ValueError, TypeError):
-            raise UserError(f"'{path}' is damaged; remove {everything} to start anew.") from None
+        old = {**(defaults or {}), **read_object(path, then=f"; remove {everything} to start anew")}
         changed = [key for key in recipe if key not in free and old.get(key) != recipe[key]]
         if changed:
             raise UserError(
@@ -80,7 +78,7 @@ def recover_training_state(path: Path) -> bool:
 def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:
     """Copy a state written by `save_training_state` into `weights` and `optimizers` in place; return its meta."""
     try:
-        meta: dict[str, Any] = json.loads((path / "state.json").read_text())
+        meta = read_object(path / "state.json")
         if not (isinstance(meta.get("step"), int) and isinstance(meta.get("history"), list)):
             raise ValueError("state.json lacks step or history")
         if meta.pop("sha256", None) not in (None, file_digest(path / "state.safetensors")):

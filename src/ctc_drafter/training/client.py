@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import UserError
+from ..jsonl import parse_json
 
 ATTEMPTS = 8
 BACKOFF = 0.5
@@ -109,7 +110,7 @@ class Server:
             text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
             raise _Transient(f"no answer to {path} ({text})") from None
         try:
-            reply = json.loads(content)
+            reply = parse_json(content)
         except ValueError:
             reply = None
         if not isinstance(reply, dict):
@@ -156,11 +157,11 @@ def _message(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         content = ""
     try:
-        found: Any = json.loads(content)
+        found: Any = parse_json(content)
         for key in ("error", "message", "detail"):
             found = found.get(key, found) if isinstance(found, dict) else found
         content = found if isinstance(found, str) else json.dumps(found)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return (" ".join(content.split())[:300] or str(error.reason)).rstrip(".")
 

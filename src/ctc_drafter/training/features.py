@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..files import write_file, write_text
+from ..jsonl import read_object
 from ..target import Target
 from ..words import byte_size
 from .config import TrainConfig
@@ -343,15 +344,14 @@ def open_features(
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if {*DECIDING, "probe", "shards"} <= index.keys():
-            return dict(index)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"'{folder}' has no {INDEX}, so it does not come from cache-features.") from None
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise UserError(f"'{folder / INDEX}' is damaged; run cache-features into another folder.")
+    then = "; run cache-features into another folder"
+    index = read_object(folder / INDEX, f"'{folder}' has no {INDEX}, so it does not come from cache-features.", then)
+    if {*DECIDING, "probe", "shards"} <= index.keys():
+        shards = index["shards"] if isinstance(index["shards"], list) else [None]
+        listed = all(isinstance(s, dict) and isinstance(s.get("name"), str) and "head" in s for s in shards)
+        if listed and isinstance(index["layers"], list):
+            return index
+    raise UserError(f"'{folder / INDEX}' is damaged{then}.")
 
 
 def _check(folder: Path, index: dict[str, Any], config: TrainConfig, target: Target, layers: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..jsonl import parse_json
 
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """What file systems without hard links answer."""
@@ -43,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            if _owner(path.read_text(encoding="utf-8")) == mine:
+            if _owner(path.read_bytes()) == mine:
                 path.unlink()
 
 
@@ -51,7 +52,7 @@ def _sweep(path: Path) -> None:
     """Remove what processes that were killed on their way to the lock have left beside it."""
     for aside in path.parent.glob(f".{glob.escape(path.name)}.*"):
         with suppress(OSError):
-            if not _alive(_owner(aside.read_text(encoding="utf-8"))):
+            if not _alive(_owner(aside.read_bytes())):
                 aside.unlink()
 
 
@@ -75,7 +76,7 @@ def _create(aside: Path, path: Path) -> bool:
 def _take_over(aside: Path, path: Path) -> bool:
     """Put `aside` in the place of a dead process's lock; False if that lock is gone. Raises UserError if it holds."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that find it dead, one replaces it
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return False
@@ -91,9 +92,9 @@ def _take_over(aside: Path, path: Path) -> bool:
         return False
 
 
-def _owner(text: str) -> dict[str, Any]:
+def _owner(text: bytes) -> dict[str, Any]:
     try:
-        owner = json.loads(text)
+        owner = parse_json(text)
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -102,7 +103,7 @@ def _owner(text: str) -> dict[str, Any]:
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the process may still be running; only on this host can its death be known."""
     pid = owner.get("pid")
-    if owner.get("host") != platform.node() or not isinstance(pid, int):
+    if owner.get("host") != platform.node() or not (isinstance(pid, int) and 0 < pid < 2**31):
         return True
     try:
         os.kill(pid, 0)

@@ -17,13 +17,14 @@ from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_file, write_folder
-from ..jsonl import read_jsonl
+from ..jsonl import read_jsonl, read_object
 from ..target.loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
 from .cross_entropy import block_loss, chunk_step
@@ -114,6 +115,9 @@ def pretrain(config: PretrainConfig) -> Path:
     output = Path(config.output)
     if output.exists() and not (output / "pretrain.json").is_file():
         raise UserError(f"'{output}' exists and was not written by pretrain; choose another output.")
+    before = None
+    if config.init is not None and (Path(config.init) / "pretrain.json").is_file():
+        before = read_object(Path(config.init) / "pretrain.json", then="; restore it, or remove it")
     work = output.with_name(output.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     with locked(output.with_name(output.name + ".lock")), Progress() as progress:
@@ -134,8 +138,8 @@ def pretrain(config: PretrainConfig) -> Path:
         final = _held_out_loss(model, held, config)
     card = {"recipe": asdict(config), "tokens": config.steps * config.batch * config.block, "history": history}
     card |= {"unlikelihood": loops, "held_out_loss": final}
-    if config.init is not None and (before := Path(config.init) / "pretrain.json").is_file():
-        card["before"] = json.loads(before.read_text())
+    if before is not None:
+        card["before"] = before
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -227,8 +231,20 @@ def _blocks(
         )
         packed = {name: _pack(stream, config.block, config.seed) for name, stream in streams.items()}
         write_file(path, partial(save_file, packed))
-    packed = load_file(path)
-    progress.console.print(f"{packed['train'].shape[0]:,} training blocks of {config.block} tokens")
+    blocks = _read_blocks(path, config.block)
+    progress.console.print(f"{len(blocks[0]):,} training blocks of {config.block} tokens")
+    return blocks
+
+
+def _read_blocks(path: Path, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_blocks` has written. Raises UserError if it is damaged."""
+    try:
+        packed = load_file(path)
+        for name in ("train", "held"):
+            if packed[name].dtype != torch.int32 or packed[name].shape[1:] != (2, block):
+                raise ValueError(f"{name} is not of blocks of {block} tokens")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"'{path}' is damaged ({error}); remove it, and a rerun makes it anew.") from None
     return packed["train"], packed["held"]
 
 
