@@ -212,6 +212,17 @@ def test_broken_config(target_folder: Path, tmp_path: Path) -> None:
         refuse(tmp_path / "t", match)
 
 
+def test_stop_tokens_that_only_the_generation_config_names(target_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(target_folder, tmp_path / "t"))
+    path = folder / "generation_config.json"
+    path.write_text('{"eos_token_id": [7, 9]}')
+    assert {7, 9} <= Target.load(folder, dtype="float32", device="cpu").stop_ids
+    path.write_text('{"eos_token_id": [7, ')
+    refuse(folder, "generation_config.json' is not valid JSON")
+    path.unlink()
+    assert not {7, 9} & Target.load(folder, dtype="float32", device="cpu").stop_ids
+
+
 def test_unknown_family(target_folder: Path, tmp_path: Path) -> None:
     refuse(copy_with(target_folder, tmp_path / "t", model_type="no-such-family"), "cannot be loaded")
 

@@ -10,6 +10,9 @@ import torch
 from ..errors import UserError
 from ..jsonl import read_object
 
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+"""Files of a model's folder that may be absent."""
+
 
 def target_name(path: str | Path) -> str:
     """The name by which drafters know their target: a folder's own name, or the hub name."""
@@ -42,7 +45,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> Any:
 
 
 def check_folder(path: Path) -> None:
-    """Raise UserError if `path` does not look like the folder of a Hugging Face model."""
+    """Raise UserError if `path` does not look like the folder of a Hugging Face model, or a JSON file of it is damaged.
+
+    transformers takes a damaged generation_config.json for an absent one, and the stop tokens that it names are lost.
+    """
     missing = f"Folder '{path}' has no config.json, so it is not a Hugging Face model."
     if "speculators_config" in read_object(path / "config.json", missing):
         raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
+    for name in OPTIONAL:
+        if (path / name).exists():
+            read_object(path / name, then="; restore it")
