@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 import yaml
 
+from ctc_drafter.drafters import load_drafter
+from ctc_drafter.jsonl import read_jsonl
 from ctc_drafter.target import Target
 from small_run import small_recipe, write_data
 
 from .ledger import LEDGER, one_sentence
-from .workers import outcome_of, run, start
+from .workers import left_by, outcome_of, run, start
 
 Line = Callable[[Path], list[str]]
 """The command that writes into a folder."""
@@ -121,22 +124,50 @@ def test_two_and_more_writers(what: str, times: int, lines: dict[str, Line], tmp
         assert made(folder) == made(tmp_path / "whole")
 
 
-DISKS = (4, 12, 24, 48, 80, 120, 160, 220, 300, 400, 600, 900)
-"""KiB."""
+SHARES = (0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.1)
+"""Of what the files of an unbroken run take at their most."""
 
 
-@pytest.mark.parametrize("disks", [DISKS[2::6], pytest.param(DISKS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shares", [(0.3, 0.8, 1.1), pytest.param(SHARES, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", ["train", "distill"])
-def test_full_disks(what: str, disks: tuple[int, ...], lines: dict[str, Line], tmp_path: Path) -> None:
-    for disk in disks:
+def test_full_disks(
+    what: str, shares: tuple[float, ...], lines: dict[str, Line], target: Target, tmp_path: Path
+) -> None:
+    """What is left on the disk can be used, and a rerun where there is room goes on from it and ends as if unbroken."""
+    (tmp_path / "whole").mkdir()
+    whole = run(lines[what](tmp_path / "whole"), tmp_path / "whole")
+    assert whole is not None and whole.code == 0, whole
+    want, moments, fits, mounted = made(tmp_path / "whole"), set(), 0, True
+    for disk in sorted({4 * max(1, round(whole.peak * share / 4)) for share in shares}):
         folder = tmp_path / str(disk)
         folder.mkdir()
         outcome = run(lines[what](folder), folder, disk=disk)
         assert outcome is not None and outcome.code in (0, 2), (disk, outcome)
+        assert not [name for name in outcome.left if ".writing" in name or ".lock" in name], outcome
+        shutil.rmtree(folder)
+        left_by(folder).rename(folder)
+        check_what_is_left(folder, target)
+        mounted, seen = outcome.mounted, "fits, and is finished as on a large disk"
         if outcome.code:
             one_sentence(outcome.last_line)
-        assert not [name for name in outcome.left if ".writing" in name or ".lock" in name], outcome
-        LEDGER.saw(f"{what}: disk of 4 to 900 KiB", "refused" if outcome.code else "fits, and is finished")
+            moments.add(moment(folder))
+            seen = f"refused {moment(folder)}; with room, result as unbroken"
+            again = run(lines[what](folder), folder)
+            assert again is not None and again.code == 0, again
+        fits += not outcome.code
+        assert made(folder) == want
+        LEDGER.saw(f"{what}: {'full disk' if mounted else 'limit to the size of a file'}", seen)
+    assert fits
+    assert not mounted or "between two saves" in moments  # else only the first save was tried
+
+
+def check_what_is_left(folder: Path, target: Target) -> None:
+    """Raise UserError if a drafter or answers there are damaged; a state is read when the run goes on."""
+    if (folder / "drafter").exists():
+        load_drafter(str(folder / "drafter"), target)
+    if (folder / "answers.jsonl").exists():
+        assert (folder / "answers.jsonl").read_bytes()[-1:] in (b"\n", b"")
+        assert all(row["answer_ids"] is not None for _, row in read_jsonl(folder / "answers.jsonl"))
 
 
 @pytest.mark.parametrize("what", ["train", "distill"])

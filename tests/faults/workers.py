@@ -9,9 +9,12 @@ import ctypes
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,10 @@ class Outcome:
     stderr: str
     events: int
     left: dict[str, int]
+    peak: int
+    """The most KiB that its files took at once, by pages, as a disk in memory counts them."""
+    mounted: bool
+    """Whether the folder was a disk of its own."""
 
     @property
     def last_line(self) -> str:
@@ -42,11 +49,21 @@ def files_in(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def kib_of(sizes: Iterable[int]) -> int:
+    """What files of these sizes take."""
+    return sum(-(-size // 4096) * 4 for size in sizes)
+
+
+def left_by(folder: Path) -> Path:
+    """Where a run on a small disk leaves what was on it, since that disk ends with it."""
+    return folder.with_name(folder.name + ".left")
+
+
 def start(line: list[str], folder: Path, kill_at: int = 0, disk: int | None = None) -> tuple[Any, Any]:
     """A process that runs the command `line`, and the pipe on which its Outcome comes.
 
     kill_at: it kills itself before this event in `folder`; disk: the folder is a disk of so many KiB, or, for 0, one
-    that cannot be written.
+    that cannot be written; see `left_by`.
     """
     mine, theirs = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_work, args=(line, str(folder), kill_at, disk, theirs))
@@ -77,14 +94,15 @@ def _work(line: list[str], folder: str, kill_at: int, disk: int | None, pipe: An
     from ctc_drafter.cli import app
 
     torch.set_num_threads(1)
-    if disk is not None:
-        _limit(folder, disk)
-    events = 0
+    mounted = disk is not None and _limit(folder, disk)
+    events = peak = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal events
+        nonlocal events, peak
         if event in EVENTS and any(isinstance(a, (str, os.PathLike)) and str(a).startswith(folder) for a in arguments):
             events += 1
+            if disk is None and not kill_at:
+                peak = max(peak, kib_of(_sizes(folder)))
             if events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -93,11 +111,25 @@ def _work(line: list[str], folder: str, kill_at: int, disk: int | None, pipe: An
     stderr = result.stderr if result.exception is None or isinstance(result.exception, SystemExit) else ""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         stderr = f"Traceback: {result.exception!r}"
-    pipe.send(Outcome(result.exit_code, stderr, events, files_in(Path(folder))))
+    left = files_in(Path(folder))
+    if disk:
+        shutil.copytree(folder, left_by(Path(folder)))
+    pipe.send(Outcome(result.exit_code, stderr, events, left, max(peak, kib_of(left.values())), mounted))
 
 
-def _limit(folder: str, disk: int) -> None:
-    """Make the folder a small disk, or a read-only one; where mounts are not allowed, by limits and permissions."""
+def _sizes(folder: str) -> Iterator[int]:
+    """Of the files there, while others of the same run may come and go."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield os.lstat(os.path.join(place, name)).st_size
+
+
+def _limit(folder: str, disk: int) -> bool:
+    """Make the folder a small disk, or a read-only one; where mounts are not allowed, by limits and permissions.
+
+    Returns whether it is a disk.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(NEW_MOUNTS) == 0:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
@@ -106,7 +138,9 @@ def _limit(folder: str, disk: int) -> None:
         else:
             subprocess.run(["mount", "--bind", folder, folder], check=True)
             subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
-    elif disk:
+        return True
+    if disk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk * 1024, resource.RLIM_INFINITY))
     else:
         Path(folder).chmod(0o555)
+    return False
