@@ -16,14 +16,18 @@ from .ledger import LEDGER
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reliability", metavar="PAGE", help="Write the table of faults to this file if all is survived.")
+    parser.addoption(
+        "--reliability", metavar="PAGE", help="Write the table of faults to this file, if all were tried and survived."
+    )
     parser.addoption("--ledger", metavar="JSON", help="Go on in this file, so that a run can be made in parts.")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist sends its part to the process that sums up."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["faults"] = {fault: dict(seen) for fault, seen in LEDGER.outcomes.items()}
+        session.config.workeroutput["faults"] = {
+            test: {fault: dict(outcomes) for fault, outcomes in seen.items()} for test, seen in LEDGER.tests.items()
+        }
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,8 +46,9 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     for row in LEDGER.rows():
         terminalreporter.write_line(row)
     if page and exitstatus == pytest.ExitCode.OK:
-        Path(page).write_text(LEDGER.page(), encoding="utf-8")
-        terminalreporter.write_line(f"Written: {page}")
+        from .parsers import READERS  # late, since it imports all that reads
+
+        terminalreporter.write_line(LEDGER.write(Path(page), READERS))
 
 
 def _without_files(arguments: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.training.checkpoint import load_training_state, save_training_state
 
-from .ledger import LEDGER, one_sentence
+from .ledger import CUT, FLIPPED, LEDGER, one_sentence
 
 PROMPT = [3, 9, 4]
 
@@ -80,9 +80,7 @@ def test_drafters(name: str, amount: int, medusa: Path, small: Target) -> None:
         (medusa / name).write_bytes(content)
         seen = outcome(medusa, small, want)
         assert seen == "refused" or (name == "config.json" and kind == "flipped"), f"{kind}: {content!r}"
-        LEDGER.saw(
-            f"drafter, {name}: {'cut at every length' if kind == 'cut' else 'a bit of every byte flipped'}", seen
-        )
+        LEDGER.saw(f"drafter, {name}: {CUT if kind == 'cut' else FLIPPED}", seen)
 
 
 @pytest.mark.parametrize("amount", [40, pytest.param(10**6, marks=pytest.mark.slow)])
@@ -138,7 +136,7 @@ def test_training_states(name: str, amount: int, tmp_path: Path) -> None:
         except UserError as error:
             one_sentence(str(error))
         assert seen == "refused" or (name == "state.json" and kind == "flipped"), f"{kind}: {content!r}"
-        LEDGER.saw(f"training state, {name}: {'cut at every length' if kind == 'cut' else 'a bit flipped'}", seen)
+        LEDGER.saw(f"training state, {name}: {CUT if kind == 'cut' else 'a bit flipped'}", seen)
 
 
 INDEX = "model.safetensors.index.json"
