@@ -260,6 +260,11 @@ def test_unreadable_and_foreign_files_are_named(tmp_path: Path, content: str | N
 def test_damaged_results_and_histories_are_named(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has no 'totals.speedup'"):
         compare_files([write("ctc", 8, change=lambda content: content["totals"].pop("speedup"))])
+    for value in ("1.5", [], 10**400):
+        with pytest.raises(UserError, match=r"its 'totals.speedup' is of another kind"):
+            compare_files(
+                [write("ctc", 8, change=lambda content, value=value: content["totals"].update(speedup=value))]
+            )
     with pytest.raises(UserError, match="its 'rows' are not"):
         compare_files([write("ctc", 8, change=lambda content: content["rows"][0].pop("turn"))])
     history = tmp_path / "ctc.history.json"

@@ -13,18 +13,24 @@ from ..jsonl import read_json
 from .results import KIND
 
 HISTORY_SUFFIX = ".history.json"
-NEEDED: dict[str, tuple[str, ...]] = {
-    "target": ("name", "dtype", "device", "parameters"),
-    "drafter": ("name", "budget", "parameters"),
-    "machine": ("cpu", "cores", "threads", "gpu"),
-    "versions": ("python", "torch", "transformers", "ctc_drafter", "git_commit"),
-    "arguments": ("prompts", "max_new_tokens"),
-    "totals": (
-        *("prompts", "answers", "tau", "acceptance_at", "tokens_per_second", "plain_tokens_per_second", "speedup"),
-        *("efficiency", "identical", "largest_gap", "looped", "split", "categories"),
-    ),
+_TEXT, _COUNT, _NUMBER, _ANY = (str,), (int,), (float, int, type(None)), (str, object)
+_Kinds = dict[str, tuple[type, ...]]
+NEEDED: dict[str, _Kinds] = {
+    "target": {"name": _TEXT, "dtype": _TEXT, "device": _TEXT, "parameters": _COUNT},
+    "drafter": {"name": _TEXT, "budget": _COUNT, "parameters": _COUNT},
+    "machine": {"cpu": _TEXT, "cores": (int, type(None)), "threads": _COUNT, "gpu": (str, type(None))},
+    "versions": dict.fromkeys(("python", "torch", "transformers", "ctc_drafter", "git_commit"), _ANY),
+    "arguments": {"prompts": _ANY, "max_new_tokens": _COUNT},
+    "totals": {
+        **dict.fromkeys(("prompts", "answers", "looped"), _COUNT),
+        **dict.fromkeys(("tau", "tokens_per_second", "plain_tokens_per_second", "speedup", "efficiency"), _NUMBER),
+        **{"acceptance_at": (list,), "identical": (int, type(None)), "largest_gap": _NUMBER},
+        **{"split": (dict,), "categories": (dict,)},
+    },
 }
 """What the report reads of each part of a result file."""
+ROW: _Kinds = {"id": (str, int), "category": _TEXT, "turn": _COUNT, "plain_tokens": _COUNT}
+"""And of each answer."""
 
 ARGUMENTS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "raw", "profile"),
@@ -234,21 +240,26 @@ def read_result(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
-    for part, keys in NEEDED.items():
+    for part, kinds in NEEDED.items():
         if not isinstance(content.get(part), dict):
             raise UserError(f"'{path}' is damaged or of another version: it has no '{part}'.")
-        for key in keys:
+        for key, kind in kinds.items():
             if key not in content[part]:
                 raise UserError(f"'{path}' is damaged or of another version: it has no '{part}.{key}'.")
+            if not _is(content[part][key], kind):
+                raise UserError(f"'{path}' is damaged or of another version: its '{part}.{key}' is of another kind.")
     rows = content.get("rows")
-    wanted = {"id", "category", "turn", "plain_tokens"}
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) and wanted <= row.keys() for row in rows)
-    ):
+    if not isinstance(rows, list) or not rows or not all(map(_is_answer, rows)):
         raise UserError(f"'{path}' is damaged or of another version: its 'rows' are not the answers of a run.")
     return content
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not (isinstance(value, int) and abs(value) >= 2**63)  # no float is as large
+
+
+def _is_answer(row: Any) -> bool:
+    return isinstance(row, dict) and all(key in row and _is(row[key], kinds) for key, kinds in ROW.items())
 
 
 def read_history(path: Path) -> Training:

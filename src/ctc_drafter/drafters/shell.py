@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..target import Target
     from .base import TrainableDrafter
 
-MAX_TENSORS = 10_000
+MAX_TENSORS = 2_000
 AMPLE = 2**22
 """Numbers that any drafter may have, however small its file."""
 

@@ -82,8 +82,9 @@ def _take_over(aside: Path, path: Path) -> bool:
                 return False
             owner = _owner(file.read())
             if _alive(owner):
+                pid, host = (" ".join(str(owner.get(key)).split())[:80] for key in ("pid", "host"))
                 raise UserError(
-                    f"Another run (process {owner.get('pid')} on {owner.get('host')}) is writing here; "
+                    f"Another run (process {pid} on {host}) is writing here; "
                     f"wait for it, choose another output, or remove '{path}' if it has ended."
                 )
             os.replace(aside, path)
