@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
-import lzma
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ctc_drafter.cli import app
 
-from .ledger import LEDGER, one_sentence
-from .parsers import READERS, read
-
-RECIPE = "data: [a.jsonl]\noutput: out\nsteps: 10\nlr_matrix: 1e-3\ndrafter: {slots: 4, labels: 3}\nschedule: cosine\n"
-ROWS = (
-    '{"id": "a", "category": "b", "turns": ["How many?", "And now?"]}\n'
-    '{"messages": [{"role": "user", "content": "caf\\u00e9 \\ud83d\\ude42"}], "turns": ["x"]}\n'
-    '{"id": "0123456789abcdef", "answer_ids": [1, 2], "turns": ["y"]}\n'
-)
-DISTILLED = "".join(f'{{"id": "0123456789abcde{i}", "answer_ids": [{i}, 7]}}\n' for i in range(3))
+from .ledger import ATHERIS, CUT, HYPOTHESIS, LEDGER, NO_ATHERIS, one_sentence
+from .parsers import READERS, Reader, read
 
 LEAF = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["\ud800", "1e400", "~"])
@@ -37,11 +27,7 @@ LEAF = st.one_of(
 VALUES = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
 )
-ROW_KEYS = st.sampled_from(["id", "category", "turns", "messages", "role", "content", "text", "answer_ids"])
-RECIPE_KEYS = st.sampled_from(
-    ["data", "output", "steps", "lr_matrix", "drafter", "prompts", "mixture", "ema", "target"]
-)
-JSON_WORDS = [b"{", b"[", b"]", b"}", b'{"turns":', b'["a"]', b'"\\ud800"', b"NaN", b"1e999", b"1" * 5000, b"[" * 3000]
+JSON_WORDS = [b"{", b"[", b"]", b"}", b'{"turns":', b'["a"]', b'"\\ud800"', b"NaN", b"1e999", b"1" * 5000, b"[" * 1200]
 YAML_WORDS = [b"&a ", b"*a", b"<<: ", b"!!int ", b"!!timestamp ", b"!!python/name:os.system ", b"2001-99-99", b".inf"]
 YAML_WORDS += [b"steps: ", b"data: ", b"output: x\n", b"? ", b"|\n", b"%YAML 9.9\n", b"--- ", b"- ", b": ", b"'"]
 WORDS = st.sampled_from([*JSON_WORDS, *YAML_WORDS, b"\n", b"\xff", b"\x00", b"\xef\xbb\xbf"])
@@ -57,20 +43,30 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
     return bytes(content)
 
 
-def contents(name: str) -> st.SearchStrategy[bytes]:
-    """Random bytes, words of the format in any order, well-formed files of the wrong shape, and damaged right ones."""
-    if name.endswith(".yaml"):
-        shaped = st.dictionaries(RECIPE_KEYS, VALUES, max_size=5).map(
-            lambda v: yaml.safe_dump(v).encode("utf-8", "replace")
+def changed(value: Any) -> st.SearchStrategy[Any]:
+    """The value with some of it replaced, or anything: an object keeps its keys, so that what stands there is read."""
+    if isinstance(value, dict) and value:
+        keys = st.sampled_from(sorted(value))
+        some = st.lists(keys, max_size=2, unique=True).flatmap(
+            lambda names: st.fixed_dictionaries({name: changed(value[name]) for name in names})
         )
-        whole = RECIPE.encode()
+        return st.one_of(some.map(lambda new: {**value, **new}), VALUES, st.dictionaries(keys, VALUES, max_size=5))
+    if isinstance(value, list) and value:
+        return st.one_of(st.lists(changed(value[0]), max_size=3), VALUES)
+    return VALUES
+
+
+def contents(reader: Reader) -> st.SearchStrategy[bytes]:
+    """Random bytes, words of the format in any order, well-formed files of another shape, and damaged right ones."""
+    kinds = [st.binary(max_size=60), st.lists(WORDS, max_size=12).map(b"".join)]
+    if reader.value is None:
+        return st.one_of(*kinds, damaged(reader.whole))
+    if ".jsonl" in reader.name:
+        shaped = st.lists(st.sampled_from(reader.value).flatmap(changed), max_size=3).map(reader.text_of)
     else:
-        rows = st.dictionaries(ROW_KEYS, VALUES, max_size=4)
-        shaped = st.lists(rows, max_size=3).map(lambda v: "".join(json.dumps(row) + "\n" for row in v).encode())
-        whole = ROWS.encode()
-    pack: Any = gzip.compress if name.endswith(".gz") else lzma.compress if name.endswith(".xz") else bytes
-    plain = st.one_of(st.binary(max_size=60), st.lists(WORDS, max_size=12).map(b"".join), shaped, damaged(whole))
-    return plain if pack is bytes else st.one_of(plain.map(pack), damaged(pack(whole)))
+        shaped = changed(reader.value).map(reader.text_of)
+    plain = st.one_of(*kinds, shaped, shaped, damaged(reader.text_of(reader.value)))
+    return plain if reader.pack is bytes else st.one_of(plain.map(reader.pack), damaged(reader.whole))
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +75,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fuzz(what: str, examples: int, folder: Path) -> None:
+    seen = Counter[str]()
+
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(contents(READERS[what][1]))
+    @given(contents(READERS[what]))
+    @example(READERS[what].whole)
     def any_bytes(content: bytes) -> None:
-        LEDGER.saw(f"{what}: any bytes (hypothesis)", read(what, content, folder))
+        outcome = read(what, content, folder)
+        seen[outcome] += 1
+        LEDGER.saw(f"{what}: {HYPOTHESIS}", outcome)
 
     any_bytes()
+    assert seen["refused"] and (seen["read"] > 1 or examples < 1000), f"beside the right file: {seen}"
+    assert seen["read"], "even the right file is refused, so no reader behind the first check was tried"
 
 
 @pytest.mark.parametrize("what", READERS)
@@ -99,20 +102,20 @@ def test_many_random_files(what: str, folder: Path) -> None:
     fuzz(what, 1000, folder)
 
 
-WHOLE = {"prompt file": ROWS, "recipe of train": RECIPE, "distilled data set to go on with": DISTILLED}
+WHOLE = ("prompt file", "recipe of train", "distilled data set to go on with", "index of features")
 
 
 @pytest.mark.parametrize("what", WHOLE)
 def test_every_cut(what: str, folder: Path) -> None:
-    whole = WHOLE[what].encode()
+    whole = READERS[what].whole
     for length in range(len(whole)):
-        LEDGER.saw(f"{what}: cut at every length", read(what, whole[:length], folder))
+        LEDGER.saw(f"{what}: {CUT}", read(what, whole[:length], folder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", WHOLE)
 def test_every_flipped_bit(what: str, folder: Path) -> None:
-    whole = WHOLE[what].encode()
+    whole = READERS[what].whole
     for place in range(8 * len(whole)):
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
@@ -139,16 +142,18 @@ def test_the_command_line_refuses_in_a_sentence(content: bytes, folder: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_coverage_guided(tmp_path: Path) -> None:
     if importlib.util.find_spec("atheris") is None:
-        LEDGER.saw("readers: coverage-guided (atheris)", "left out, since atheris is not installed")
+        LEDGER.saw(NO_ATHERIS, "left out, since atheris is not installed")
         pytest.skip("atheris is not installed")
     outcomes, tests = tmp_path / "outcomes.json", Path(__file__).parents[1]
-    line = [sys.executable, "-m", "faults.coverage_guided", str(outcomes), "-runs=30000", "-max_len=400", "-seed=1"]
+    line = [sys.executable, "-m", "faults.coverage_guided", str(outcomes), "-runs=40000", "-max_len=1500", "-seed=1"]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for i, name in enumerate(READERS):
-        (corpus / str(i)).write_bytes(bytes([i]) + (RECIPE if "recipe" in name else ROWS).encode()[:300])
+    for i, reader in enumerate(READERS.values()):
+        (corpus / str(i)).write_bytes(bytes([i]) + reader.whole)
+        assert len(reader.whole) < 1500, "it would be cut"
     result = subprocess.run(
         [*line, f"-artifact_prefix={tmp_path}/", str(corpus)],
         cwd=tmp_path,
@@ -157,6 +162,8 @@ def test_coverage_guided(tmp_path: Path) -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    for key, times in json.loads(outcomes.read_text()).items():
+    seen = json.loads(outcomes.read_text())
+    assert {f"{what}/read" for what in READERS} <= seen.keys(), "a reader refused all, the right file too"
+    for key, times in seen.items():
         what, outcome = key.split("/")
-        LEDGER.saw(f"{what}: coverage-guided (atheris)", outcome, times)
+        LEDGER.saw(f"{what}: {ATHERIS}", outcome, times)
