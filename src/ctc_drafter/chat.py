@@ -20,7 +20,9 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) 
     """`apply_chat_template` as a dict with `input_ids`. Raises UserError where the template refuses the messages."""
     check_template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+        # What is too long for a context is said by us; transformers would warn of it where nothing is passed on.
+        quietly = {"verbose": False}
+        return tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs=quietly, **options)
     except Exception as error:  # templates raise what they like, jinja2's errors among it
         reason = " ".join(str(error).split())[:200]
         roles = ", ".join(dict.fromkeys(m["role"] for m in messages))

@@ -203,7 +203,7 @@ def encode(target: Target, messages: list[dict[str, str]], raw: bool = False) ->
     """Token ids of a conversation: through the chat template, or with `raw` of its texts, one under the other."""
     if not raw:
         return target.prompt_ids(messages)
-    return list(target.tokenizer("\n".join(m["content"] for m in messages))["input_ids"])
+    return list(target.tokenizer("\n".join(m["content"] for m in messages), verbose=False)["input_ids"])
 
 
 def check_lengths(target: Target, prompts: Sequence[Prompt], raw: bool = False) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..target.packing import linear_of
-from .norm import fold_norm, unit_norm
+from .norm import RMSNorm, fold_norm, unit_norm
 
 
 def fit_shape(config: Any, width: int) -> None:
@@ -51,11 +51,11 @@ class DraftLayer(nn.Module):
     def __init__(self, width: int, inner: int, heads: int, kv_heads: int, eps: float) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = heads, kv_heads, width // heads
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)
         self.q = nn.Linear(width, heads * self.dim, bias=False)
         self.kv = nn.Linear(width, 2 * kv_heads * self.dim, bias=False)
         self.out = nn.Linear(heads * self.dim, width, bias=False)
-        self.mlp_norm = nn.RMSNorm(width, eps)
+        self.mlp_norm = RMSNorm(width, eps)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
         self._ready: tuple[nn.Linear, ...] = ()
@@ -126,7 +126,7 @@ class DraftModule(nn.Module):
         self.register_load_state_dict_pre_hook(_without_slot_layers)  # type: ignore[no-untyped-call]
         # Typed as what it holds; nn.ModuleList itself only knows Module.
         self.layers: Any = nn.ModuleList([DraftLayer(width, inner, heads, kv_heads, eps) for _ in range(layers)])
-        self.norm = nn.RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)
         cos, sin = rope_table(positions + slots + 2, width // heads, 10_000.0)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -14,6 +14,7 @@ from ..target import LAST, Target
 from ..target.packing import PackedLinears, linear_of
 from ..tree import DraftTree
 from .base import TrainableDrafter, register
+from .norm import RMSNorm
 from .rollout import grow
 from .slots import expected_acceptance
 
@@ -52,7 +53,7 @@ class HydraHead(nn.Module):
         super().__init__()
         self.fuse = nn.Linear(parts * width, width, bias=False)
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
-        self.norm = nn.RMSNorm(width, 1e-6)
+        self.norm = RMSNorm(width, 1e-6)
 
     def forward(self, parts: torch.Tensor) -> torch.Tensor:
         """(..., parts * width) -> (..., width)."""

@@ -120,7 +120,7 @@ def _too_long(param: str, size: str, service: Service) -> ApiError:
 def _ids(prompt: str | list[int], service: Service) -> list[int]:
     if isinstance(prompt, str):
         _check_length("prompt", len(prompt), service)
-        return list(service.target.tokenizer(prompt)["input_ids"])
+        return list(service.target.tokenizer(prompt, verbose=False)["input_ids"])
     vocabulary = service.target.vocab_size
     wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
     if wrong is not None:
