@@ -81,7 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, nargs="*", help="prompt files (none: those of the demo)")
     parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--longest", type=int, default=6)
+    parser.add_argument("--longest", type=int, default=8)
     parser.add_argument("--budget", type=int, default=16)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default="float32")
