@@ -30,9 +30,10 @@ TOGETHER := -n logical --maxprocesses 8 --dist worksteal
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TOGETHER) $(ARGS)
 
+# With what else can be tried here; the end names what was left out (a browser may be missing).
 test-all: $(STAMP)
-	$(PIP) 'torchao>=0.18'
-	$(BIN)/python -m pytest $(ARGS)
+	$(PIP) --editable '.[browser,quantize,suites]'
+	$(BIN)/python -m pytest -rs $(ARGS)
 
 # That no word changes: every family and drafter against model.generate, samples against exact distributions.
 prove: $(STAMP)
@@ -77,14 +78,11 @@ coverage: $(STAMP)
 	@$(BIN)/python -m coverage report --skip-empty --include "*/ctc_drafter/batch.py,*/ctc_drafter/drafters/*,*/ctc_drafter/serving/*"
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
-# Target and drafters are trained in two parts each; the drafters of the second begin as those of the first.
-PART_1 := --set target=runs/embedded/target-1
+# The target is trained in three parts.
 embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
-	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml $(PART_1) --set output=runs/embedded/distilled-1.jsonl
-	$(BIN)/ctc-drafter train --config recipes/paper.yaml $(PART_1) --set init=null --data runs/embedded/distilled-1.jsonl \
-	  --output runs/embedded/paper-1 --set steps=1000 --set decay=400
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-2.yaml
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-3.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
@@ -101,7 +99,7 @@ SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).
 BOTH := --drafter ctc+lookup --drafter ctc
 bench: $(STAMP)
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 16 --budget 32 --dtype float32 --json $(RESULTS)/float32.json
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 16 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json $(RESULTS)/methods-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json $(RESULTS)/sampled-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --adaptive --dtype float32 --json $(RESULTS)/sampled-adaptive.json

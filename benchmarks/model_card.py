@@ -20,9 +20,9 @@ everything in this package can be run offline. The target has seen few tokens fo
 (worked sums, lists, explanations of code), mostly in whole sentences, often wrong, now and then with words that do not exist. Do
 not ask it for facts, and read figures measured on it as figures of the method and the engine, not of a useful model.
 
-Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml`, `embedded-distill.yaml`,
-`embedded-ctc.yaml`, `paper.yaml`).
-Weights are safetensors in bfloat16, those of `ctc/` in eight bits; licence Apache-2.0.
+Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml`, `embedded-target-3.yaml`,
+`embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
+Weights are safetensors in bfloat16, the drafters' matrices in eight bits; licence Apache-2.0.
 
 ## Data
 
@@ -40,7 +40,7 @@ Weights are safetensors in bfloat16, those of `ctc/` in eight bits; licence Apac
 | functions of {packages} | BSD-3-Clause, MIT or Apache-2.0 |
 
 Rows that share 13 consecutive words with a prompt of MT-bench, GSM8K (test), HumanEval or Spec-Bench were dropped. One prompt in a
-hundred, with all its answers, was held out (of both parts' own data, so their held-out losses do not compare). The drafters were trained on the target's own greedy answers to prompts of this corpus.
+hundred, with all its answers, was held out (of each part's own data, so the held-out losses of two parts do not compare). The drafters were trained on the target's own greedy answers to prompts of this corpus.
 
 ## Target: loss in nats per token
 
@@ -48,12 +48,12 @@ hundred, with all its answers, was held out (of both parts' own data, so their h
 
 ## Drafters: held-out figures while training
 
-`ctc/` was trained from nothing on the answers of `recipes/embedded-distill.yaml`; its matrices are stored in eight bits. `paper/` began as the drafter of the first part's
-target, trained for 1,000 steps; these are its steps on the shipped target, fewer than those of `ctc/`, so the two do not compare as methods.
+Both were trained from nothing on the answers of `recipes/embedded-distill.yaml`: `ctc/` is our best, `paper/` the paper's
+drafter (plain CTC), for fewer steps and with a narrower MLP, to fit beside it. So the two do not compare as methods; their losses are of different objectives, too.
 
 {drafters}
 
-`expected_accepted` is the drafter's own expectation of accepted labels (of {labels}) at a random place of a held-out answer.
+`expected_accepted` is the drafter's own expectation of accepted labels ({labels}) at a random place of a held-out answer.
 """
 
 
@@ -96,10 +96,10 @@ def main(folder: Path) -> None:
     kv = width * config["num_key_value_heads"] // config["num_attention_heads"]
     layer = 2 * width * width + 2 * width * kv + 3 * width * inner + 2 * width
     parameters = config["vocab_size"] * width + config["num_hidden_layers"] * layer + width
-    drafters, labels = [], 0
+    drafters, labels = [], []
     for name in ("ctc", "paper"):
         content = json.loads((folder / name / "config.json").read_text())
-        labels = content["drafter"]["labels"]
+        labels.append(f"of {content['drafter']['labels']} for `{name}/`")
         history = content["training"]["history"]
         drafters.append(
             f"`{name}/`\n\n| step | held-out loss | expected_accepted | seconds |\n| --- | --- | --- | --- |"
@@ -118,7 +118,7 @@ def main(folder: Path) -> None:
         parts="\n\n".join(part(i, run) for i, run in enumerate(runs, 1)),
         packages=", ".join(line.partition("==")[0] for line in PACKAGES.read_text().split()),
         drafters="\n\n".join(drafters),
-        labels=labels,
+        labels=", ".join(labels),
     )
     (folder / "README.md").write_text(text)
     print(f"Result: {folder / 'README.md'}")

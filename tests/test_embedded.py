@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from ctc_drafter import Target, generate, load_drafter
@@ -21,6 +26,14 @@ def test_size() -> None:
     files = [f for f in EMBEDDED.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= MAX_BYTES
     assert not [f for f in files if f.suffix in {".bin", ".pt", ".pkl", ".pickle"}]
+
+
+def test_the_card_tells_of_these_weights(tmp_path: Path) -> None:
+    copy = tmp_path / "embedded"
+    shutil.copytree(EMBEDDED, copy, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    script = Path(__file__).parents[1] / "benchmarks" / "model_card.py"
+    subprocess.run([sys.executable, str(script), str(copy)], check=True)
+    assert (copy / "README.md").read_text() == (EMBEDDED / "README.md").read_text()
 
 
 def test_target_has_the_promised_size(target: Target) -> None:
