@@ -62,7 +62,7 @@ def test_what_is_bad_on_purpose_is_bad(name: str, family: Family) -> None:
         if name.endswith("repeats"):
             assert step.tree.tokens[0, 0] == drafter.kept[REPEATED]
         else:
-            assert step.tree.log_probs is None or step.tree.log_probs.max() < -10
+            assert step.tree.log_probs is not None and step.tree.log_probs.max() < -10
 
 
 def test_the_answers_are_worth_comparing(family: Family) -> None:
