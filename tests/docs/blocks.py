@@ -7,7 +7,7 @@
 | a file name | write the block to that file |
 | `Output` (of a text block) | compare it with what the block before printed; `…` stands for anything |
 | `Takes minutes …` | run it only in the slow test of the page |
-| `Needs …`, `Takes hours …` | never run it |
+| `Needs …`, `Takes hours …` | never run it; `test_not_run.py` looks whether its commands and options exist |
 """
 
 from __future__ import annotations
