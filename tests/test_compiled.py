@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.pace import Pace
-from ctc_drafter.target import Target
+from ctc_drafter.target import Target, compiled, packing
 from ctc_drafter.tree import DraftTree
 from helpers import MIXED, save_model
 
@@ -28,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"),
 ]
 BUDGET = 5
+KINDS = [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+"""dtype, and whether products are made in tiles: without AMX that is slow, but no other."""
 
 
 def answer(target: Target, drafter: Drafter, prompt: list[int], budget: int = BUDGET) -> tuple[list[int], list[int]]:
@@ -75,8 +78,9 @@ def test_a_pass_that_drafts_nothing_for_a_drafter_is_compiled_too(
     assert [token for step in steps for token in step.tokens] == want
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_numbers_under_mixed_windows(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "tiles"), KINDS)
+def test_numbers_under_mixed_windows(dtype: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "has_tiles", lambda: tiles)
     target = Target.load(save_model(tmp_path / "olmo3", "olmo3", **MIXED), dtype=dtype, device="cpu")
     tree = DraftTree.from_paths([[[5, 6, 7], [5, 8], [9]]], budget=BUDGET)
     root = torch.tensor([[4]])
@@ -119,9 +123,10 @@ def test_failure_to_compile_is_told(target_folder: Path, monkeypatch: pytest.Mon
         drafter.compile_draft()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_drafters_pass_gives_the_eager_numbers(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "tiles"), KINDS)
+def test_the_drafters_pass_gives_the_eager_numbers(dtype: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every number of new pairs that a pass may bring, in any order, for the drafter and for a twin of it."""
+    monkeypatch.setattr(packing, "has_tiles", lambda: tiles)
     target = Target.load(dtype=dtype, device="cpu")
     eager, compiled = load_drafter("ctc", target), load_drafter("ctc", target)
     assert compiled.compile_draft() > 0
@@ -163,6 +168,40 @@ print(target.compile(2))
     assert seconds() > 0
     assert sorted((tmp_path / "ctc_drafter").glob("*")) == programs
     assert programs[0].stat().st_size > 1000
+
+
+def test_a_program_that_gives_other_numbers_is_made_anew(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that was made of code that has changed since."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    shutil.copytree(target_folder, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    programs = tmp_path / "cache" / "ctc_drafter"
+    Target.load(target_folder, dtype="float32", device="cpu").compile(0)
+    [own] = programs.iterdir()
+    Target.load(tmp_path / "other", dtype="float32", device="cpu").compile(0)
+    [other] = set(programs.iterdir()) - {own}
+    shutil.copy(other, own)
+    target = Target.load(target_folder, dtype="float32", device="cpu")
+    target.compile(0)
+    assert own.read_bytes() != other.read_bytes()
+    want = answer(Target.load(target_folder, dtype="float32", device="cpu"), NoDrafter(), [7, 8, 9])
+    assert answer(target, NoDrafter(), [7, 8, 9]) == want
+
+
+def test_numbers_that_are_none_are_refused(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made = compiled.CompiledPass.__call__
+    monkeypatch.setattr(
+        compiled.CompiledPass, "__call__", lambda *arguments: tuple(t * torch.nan for t in made(*arguments))
+    )
+    with pytest.raises(UserError, match="other numbers"):
+        Target.load(target_folder, dtype="float32", device="cpu").compile(0)
+    assert not list((tmp_path / "ctc_drafter").iterdir())
 
 
 def test_a_program_serves_other_weights_of_the_same_shape(target_folder: Path) -> None:

@@ -80,20 +80,26 @@ def filled(rows: int) -> int:
 
 
 class JointLinears(nn.Module):
-    """The linear layers of compiled passes, those that read the same input as one product, in float32.
+    """The linear layers of compiled passes, those that read the same input as one product.
 
-    Weights are transposed, (in, out of all): so MKL needs to rearrange nothing, whatever the number of rows. A layer in
-    bfloat16 is computed in float32 and rounded at its end, which is what a bfloat16 product does too; without AMX that
-    is faster from two rows on, and no slower for one.
+    Weights are kept in float32 and transposed, (in, out of all): so MKL needs to rearrange nothing, whatever the number
+    of rows. A layer in bfloat16 is then computed in float32 and rounded at its end, which is what a bfloat16 product
+    does too; that is faster from two rows on, and no slower for one. Where the processor has tiles for bfloat16 (AMX)
+    such weights stay as they are, (out of all, in): there nine rows take little longer than one.
     """
 
     def __init__(self, groups: Iterable[list[nn.Linear]]) -> None:
         super().__init__()
         self._groups = list(groups)
         self._held: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = [None] * len(self._groups)
+        dtypes = {layer.weight.dtype for layers in self._groups for layer in layers}
+        self.in_tiles = dtypes == {torch.bfloat16} and has_tiles()
+        """Whether products are made in bfloat16 tiles, so another program."""
         for i, layers in enumerate(self._groups):
-            together = torch.cat([layer.weight.detach() for layer in layers]).float().t().contiguous()
-            self.register_buffer(f"weight_{i}", together, persistent=False)
+            weights = [layer.weight.detach() for layer in layers]
+            together = torch.cat(weights) if len(weights) > 1 else weights[0]
+            kept = together if self.in_tiles else together.float().t().contiguous()
+            self.register_buffer(f"weight_{i}", kept, persistent=False)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -119,12 +125,26 @@ class JointLinears(nn.Module):
         def forward(x: torch.Tensor) -> torch.Tensor:
             held = self._held[index]
             if held is None or held[0] is not x:
-                product = x.float() @ getattr(self, f"weight_{index}")
+                product = self._product(x, getattr(self, f"weight_{index}"))
                 held = self._held[index] = x, product.split([layer.out_features for layer in layers], -1)
             out = held[1][part]
             return (out if bias is None else out + bias).to(x.dtype)
 
         return forward
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if not self.in_tiles:
+            return x.float() @ weight
+        if x.numel() > x.shape[-1]:
+            return x @ weight.t()
+        # A tile would stay empty but for one row; as a sum, the compiler makes one loop of it that reads the weight.
+        return (x.flatten().float() * weight.float()).sum(-1).view(*x.shape[:-1], -1)
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX), and torch makes use of it."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def joined_by_input(layers: Iterable[nn.Linear], run: Callable[[], object]) -> list[list[nn.Linear]]:

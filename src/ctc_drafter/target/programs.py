@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ MAX_KEPT = 64
 class Program:
     """A compiled `module.forward` whose arguments are flat tensors; returns a list of flat tensors."""
 
-    def __init__(self, path: Path, module: nn.Module) -> None:
-        """Raises RuntimeError if the file is damaged or asks for weights that the module does not have."""
+    def __init__(self, path: Path, module: nn.Module, *, found: bool) -> None:
+        """found: whether the file was there already.
+
+        Raises RuntimeError if it is damaged or asks for weights that the module does not have.
+        """
+        self.path, self.found = path, found
         loaded: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         self._weights = {name: own[name].detach() for name in loaded.get_constant_fqns()}
@@ -50,7 +55,7 @@ def program(
     path = folder() / f"{key}.pt2"
     if path.exists():
         try:
-            made = Program(path, module)
+            made = Program(path, module, found=True)
             os.utime(path)
             return made
         except (RuntimeError, KeyError, OSError):
@@ -58,7 +63,8 @@ def program(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as aside:
         made_at = Path(aside) / path.name
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's about its own
             exported = torch.export.export(
                 module, tuple(a.clone() for a in arguments), dynamic_shapes=(tuple(dynamic),), strict=False
             )
@@ -67,7 +73,7 @@ def program(
             )
         os.replace(made_at, path)
     _prune(path.parent)
-    return Program(path, module)
+    return Program(path, module, found=False)
 
 
 def folder() -> Path:
