@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import about, add_common, timed
@@ -81,8 +82,9 @@ def build(name: str, options: argparse.Namespace) -> Target:
 
 
 def drafter_of(target: Target, vocabulary: int) -> CTCDrafter:
-    """The CTC drafter at its recipe's size with random weights."""
-    return CTCDrafter(CTCConfig(slots=7, labels=6, vocabulary=vocabulary), target)
+    """The CTC drafter of `recipes/ctc.yaml` with random weights."""
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "ctc.yaml").read_text(encoding="utf-8"))
+    return CTCDrafter(CTCConfig(**recipe["drafter"] | {"vocabulary": vocabulary}), target)
 
 
 def build_drafter(target: Target, vocabulary: int) -> CTCDrafter:
