@@ -178,7 +178,7 @@ def test_training_overfits_one_batch(drafter: SlotDrafter) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
     assert 0 < float(metrics["first"]) <= 1 and 0 < float(metrics["expected_accepted"]) <= 4
 

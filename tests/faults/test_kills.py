@@ -6,6 +6,7 @@ Half of the kills come at a random time, the others just before a random touch o
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -175,6 +176,8 @@ def test_read_only_folders(what: str, lines: dict[str, Line], tmp_path: Path) ->
     folder = tmp_path / "locked"
     folder.mkdir()
     outcome = run(lines[what](folder), folder, disk=0)
+    if outcome is not None and not outcome.mounted and os.geteuid() == 0:
+        pytest.skip("nothing can be mounted here, and root may write to any folder")
     assert outcome is not None and outcome.code == 2, outcome
     one_sentence(outcome.last_line)
     assert outcome.left == {}

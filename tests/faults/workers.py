@@ -131,8 +131,8 @@ def _limit(folder: str, disk: int) -> bool:
     Returns whether it is a disk.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(NEW_MOUNTS) == 0:
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    own = libc.unshare(NEW_MOUNTS) == 0
+    if own and subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True).returncode == 0:
         if disk:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk}k", "tmpfs", folder], check=True)
         else:
