@@ -200,7 +200,8 @@ def _closing(rows: Sequence[Row]) -> Text:
     t = totals(rows)
     speed = f"{number(t['speedup'])} times the speed of plain decoding"
     if t["identical"] == t["answers"]:
-        return Text(f"All {t['answers']} answers are identical to plain decoding, at {speed}.", style="bold green")
+        every = "The answer is" if t["answers"] == 1 else f"All {t['answers']} answers are"
+        return Text(f"{every} identical to plain decoding, at {speed}.", style="bold green")
     return Text(
         f"{t['answers'] - t['identical']} of {t['answers']} answers differ from plain decoding.", style="bold red"
     )
