@@ -109,9 +109,10 @@ bench: $(STAMP)
 FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
 RESULTS := benchmarks/results
 engine: $(STAMP)
-	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --budget 11 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
-	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 2 --budget 8 --compile --compiled-budget 7 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled.json
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --compile --compiled-budget 15 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled-float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,7 11 15 23,--budget $(budget)) --compile --dtype bfloat16 --json $(RESULTS)/compiled-bfloat16.json
 	$(PIP) 'torchao>=0.18'
 	for kind in int8 int4; do $(BIN)/ctc-drafter bench $(SUITE) --limit 4 --budget 8 --quantize $$kind --json $(RESULTS)/quantized-$$kind.json || exit; done
 	for dtype in bfloat16 float32; do $(BIN)/ctc-drafter bench $(SUITE) --limit 4 --budget 8 --dtype $$dtype --json $(RESULTS)/quantized-none-$$dtype.json || exit; done

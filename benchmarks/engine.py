@@ -1,6 +1,6 @@
 """Every way to decode one model, in one process, answer by answer in turn.
 
-    python benchmarks/engine.py --prompts PROMPTS.jsonl --limit 16 --budget 11 --compile --json OUT.json
+    python benchmarks/engine.py --prompts PROMPTS.jsonl --limit 16 --compile --compiled-budget 7 --json OUT.json
 
 `plain` and `speculative` are ours, with `--compile` also as compiled passes; the others are `model.generate` of
 transformers: as it is, with prompt lookup, and assisted by a smaller model (`--assistant`) or, without one, by the
@@ -28,7 +28,7 @@ from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
-from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
+from ctc_drafter.drafters import DEFAULT, Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
 
 Run = Callable[[list[int]], Answer]
@@ -189,7 +189,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target")
-    parser.add_argument("--drafter", default="ctc")
+    parser.add_argument("--drafter", default=DEFAULT)
     parser.add_argument("--assistant", help="A smaller model with the target's tokenizer.")
     parser.add_argument(
         "--early-exit", type=int, default=2, help="Without --assistant: the layers that assist; 0: none."
