@@ -14,12 +14,12 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from .config import from_mapping
-from .drafters import DRAFTERS, EMBEDDED_DRAFTERS, TrainableDrafter
+from .drafters import DRAFTERS, TrainableDrafter, drafter_folder
 from .drafters.base import check_digest, load_trainable
 from .drafters.shell import shell
 from .errors import UserError
 from .jsonl import read_object
-from .target import EMBEDDED, Target
+from .target import Target
 from .target.loading import check_folder
 from .words import byte_size, number, size
 
@@ -37,11 +37,11 @@ def inspect_path(
 ) -> Report:
     """A report (plain JSON) on a drafter folder, a target folder or a result file of `bench`.
 
-    target: the target to hold a drafter against; self_test: let a target folder score a tree; both are loaded by
-    `load`, nothing else is. The report's `checks` say what was looked at and whether it is well. Raises UserError for
-    anything else.
+    path: as a text, also the name of an embedded drafter; target: the target to hold a drafter against; self_test:
+    let a target folder score a tree; both are loaded by `load`, nothing else is. The report's `checks` say what was
+    looked at and whether it is well. Raises UserError for anything else.
     """
-    place = EMBEDDED / str(path) if path in EMBEDDED_DRAFTERS and not Path(path).exists() else Path(path)
+    place = drafter_folder(path) if isinstance(path, str) else path
     if place.is_file():
         _refuse(target is not None or self_test, f"'{place}' is a file; --target and --self-test are for folders.")
         return _result(place)

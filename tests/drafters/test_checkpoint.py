@@ -15,9 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import build_drafter, build_target
-from ctc_drafter.drafters import CTCConfig, CTCDrafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import (
+    EMBEDDED_DRAFTERS,
+    NAMES,
+    CTCConfig,
+    CTCDrafter,
+    NoDrafter,
+    drafter_folder,
+    folder_argument,
+    load_drafter,
+)
 from ctc_drafter.errors import UserError
-from ctc_drafter.target import Target
+from ctc_drafter.inspection import inspect_path
+from ctc_drafter.integrations.transformers import custom_generate
+from ctc_drafter.target import EMBEDDED, Target
 from helpers import save_model
 
 
@@ -89,6 +100,46 @@ def test_same_target_in_another_precision(drafter_folder: Path, target_folder: P
 
 def test_none() -> None:
     assert isinstance(load_drafter("none", None), NoDrafter)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mine", "runs/ctc"])
+def test_a_folder_has_an_argument_that_chooses_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert drafter_folder(folder_argument(Path(name))).resolve() == (tmp_path / name).resolve()
+    assert folder_argument(Path(name)) not in NAMES
+    assert custom_generate(Path(name)).drafter == folder_argument(name)  # not that of the embedded drafter
+
+
+@pytest.mark.parametrize("name", EMBEDDED_DRAFTERS)
+def test_a_name_of_two_drafters_is_refused(
+    name: str, drafter_folder: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it: one would measure ours, another look into the folder."""
+    monkeypatch.chdir(tmp_path)
+    embedded = Target.load(dtype="float32", device="cpu")
+    assert load_drafter(name, embedded).name == name
+    (tmp_path / name).mkdir()
+    assert load_drafter(name, embedded).name == name  # of an empty folder nothing can be meant
+    assert inspect_path(name, Target.load)["path"] == str(EMBEDDED / name)
+    shutil.copytree(drafter_folder, tmp_path / name, dirs_exist_ok=True)
+    for read in (
+        lambda: load_drafter(name, embedded),
+        lambda: load_drafter(f"{name}+lookup", embedded),
+        lambda: inspect_path(name, Target.load),
+    ):
+        with pytest.raises(UserError, match=f"give './{name}' for the folder"):
+            read()
+    assert load_drafter(f"./{name}", target).num_parameters == load_drafter(str(drafter_folder), target).num_parameters
+    assert inspect_path(f"./{name}", Target.load)["target"]["name_or_path"] == "tiny"
+    assert load_drafter(None, embedded).name == "ctc+lookup"  # whoever names nothing means ours
+
+
+def test_the_embedded_drafters_can_be_named_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EMBEDDED)
+    assert drafter_folder("ctc").samefile("ctc")
 
 
 # ---------------------------------------------------------------- refusals

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from ctc_drafter.cli import app
 from ctc_drafter.drafters import DRAFTERS, load_drafter
 from ctc_drafter.drafters.base import TrainableDrafter
 from ctc_drafter.errors import UserError
@@ -146,6 +148,20 @@ def test_training_teaches(recipe: TrainConfig, target: Target) -> None:
     assert load_drafter(str(folder), target).num_parameters > 0
     run = yaml.safe_load((folder / "run.yaml").read_text())
     assert run["recipe"]["steps"] == 40 and {"torch", "transformers", "ctc_drafter"} <= run["versions"].keys()
+
+
+def test_the_last_line_says_how_to_choose_the_drafter(
+    recipe: TrainConfig, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a folder called as the embedded drafter is, which another run may start from."""
+    monkeypatch.chdir(tmp_path)
+    for name, init in (("ctc", None), ("trained-on", "./ctc")):
+        small = replace(recipe, output=name, init=init, steps=1, checkpoint_every=1)
+        Path("recipe.yaml").write_text(yaml.safe_dump(asdict(small)))
+        result = CliRunner().invoke(app, ["train", "--config", "recipe.yaml"])
+        assert result.exit_code == 0, result.output
+        folder = result.stdout.removeprefix("Drafter: ").rstrip("\n")
+        assert load_drafter(folder, target).num_parameters > 0 and Path(folder).samefile(name)
 
 
 @pytest.mark.parametrize("kind", sorted(k for k, c in DRAFTERS.items() if issubclass(c, TrainableDrafter)))

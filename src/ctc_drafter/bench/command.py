@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..drafters import compile_passes, load_drafter
+from ..drafters import DEFAULT, compile_passes, load_drafter
 from ..errors import UserError
 from ..pace import Pace
 from ..target import Target
@@ -42,16 +42,18 @@ def run_bench(
 ) -> None:
     """Measure each drafter with each budget; `options` go to `measure`. Raises KeyboardInterrupt again at the end.
 
+    drafters: none is the default one, whatever folders are here.
     adaptive: let each draft as much as it finds to be fastest, up to the budget; it learns over all the prompts.
     compile: run plain and drafted passes as compiled graphs; the seconds that this takes are printed, and not counted.
     """
-    pairs = [(name, budget) for name in dict.fromkeys(drafters) for budget in dict.fromkeys(budgets)]
+    names = list(dict.fromkeys(drafters)) or [DEFAULT]
+    pairs = [(name, budget) for name in names for budget in dict.fromkeys(budgets)]
     outputs = output_files(output, pairs)
     for path in outputs:
         check_output(path, overwrite)
     prompts = load_prompts(prompt_files, limit)
     target = load_target()
-    loaded = {name: load_drafter(name, target) for name in dict.fromkeys(drafters)}
+    loaded = {name: load_drafter(name if drafters else None, target) for name in names}
     contenders = [
         Contender(
             loaded[name].name,

@@ -173,12 +173,11 @@ def bench(
     arguments |= asdict(arguments.pop("drawing")) | asdict(arguments.pop("how"))
     sampling = drawing.sampling()
     from ..bench.command import run_bench
-    from ..drafters import DEFAULT
 
     run_bench(
         lambda: load_target(target, how, quantize),
         prompts,
-        drafters=drafter or [DEFAULT],
+        drafters=drafter or [],
         budgets=budget or [BUDGET],
         output=json,
         overwrite=overwrite,

@@ -82,6 +82,7 @@ def train(
 
     keep_memory()
     from ..config import load_recipe
+    from ..drafters import folder_argument
     from ..training.trainer import TrainConfig, check
     from ..training.trainer import train as run
 
@@ -94,7 +95,7 @@ def train(
         print_recipe(recipe)
     folder = run(recipe, dry_run=dry_run, wandb=wandb)
     if not dry_run and first:
-        print(f"Drafter: {folder}")
+        print(f"Drafter: {folder_argument(folder)}")
 
 
 @command

@@ -35,37 +35,68 @@ __all__ = [
     "TrainableDrafter",
     "compile_passes",
     "drafter_folder",
+    "folder_argument",
     "load_drafter",
     "register",
 ]
 
 EMBEDDED_DRAFTERS = ("ctc", "paper")
+NAMES = ("none", "lookup", *EMBEDDED_DRAFTERS)
+"""What is no folder where a drafter is chosen."""
 DEFAULT = "ctc+lookup"
 LOOKUP = "+lookup"
 """After a drafter's name: with prompt lookup beside it."""
 
 
 def drafter_folder(name: str) -> Path:
-    """The folder of an embedded drafter, or that of the given path, which need not exist."""
-    return EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
+    """The folder of an embedded drafter, or that of the given path, which need not exist.
+
+    `ctc` is the embedded drafter and `./ctc` a folder. Raises UserError for the first where both are there.
+    """
+    _refuse_two_meanings(name)
+    return _folder(name)
+
+
+def folder_argument(folder: str | Path) -> str:
+    """What chooses the drafter in this folder: its path, `./ctc` where `ctc` would choose another."""
+    return f"./{folder}" if str(folder) in NAMES else str(folder)
 
 
 def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
     """A drafter for `target`: `none`, `lookup`, an embedded one (`ctc`, `paper`), or a checkpoint folder.
 
-    NAME+lookup is any of these with lookup beside it, as in `ctc+lookup`, the default. Raises UserError if there is no
-    such drafter or it was made for another target.
+    NAME+lookup is any of these with lookup beside it, as in `ctc+lookup`, the default. A folder of such a name is
+    chosen by `./ctc`. Raises UserError if there is no such drafter, if it was made for another target, and for a plain
+    `ctc` where there is a folder of that name too.
     """
-    name = name_or_path or DEFAULT
+    if name_or_path:  # the default is ours wherever it is asked for
+        _refuse_two_meanings(name_or_path.removesuffix(LOOKUP))
+    return _load(name_or_path or DEFAULT, target)
+
+
+def _folder(name: str) -> Path:
+    return EMBEDDED / name if name in EMBEDDED_DRAFTERS else Path(name)
+
+
+def _refuse_two_meanings(name: str) -> None:
+    """After `train --output ctc`, `bench --drafter ctc` would measure ours without a word."""
+    here = Path(name)
+    if name in EMBEDDED_DRAFTERS and (here / "config.json").is_file() and not here.samefile(EMBEDDED / name):
+        raise UserError(
+            f"'{name}' is the embedded drafter and here a folder too; give './{name}' for the folder, or rename it to "
+            "use the embedded one."
+        )
+
+
+def _load(name: str, target: Target) -> Drafter:
     if name.endswith(LOOKUP):
-        return HybridDrafter(load_drafter(name.removesuffix(LOOKUP), target))
+        return HybridDrafter(_load(name.removesuffix(LOOKUP), target))
     kind = DRAFTERS.get(name)
     if kind is not None and not issubclass(kind, TrainableDrafter):
         return kind()
-    folder = drafter_folder(name)
+    folder = _folder(name)
     if not folder.is_dir():
-        known = ", ".join(("none", "lookup", *EMBEDDED_DRAFTERS))
-        raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {known}.")
+        raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {', '.join(NAMES)}.")
     drafter = load_trainable(folder, target)
     drafter.name = name if name in EMBEDDED_DRAFTERS else folder.resolve().name
     return drafter

@@ -27,7 +27,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..acceptance import Sampling
 from ..batch import Batch
-from ..drafters import Drafter, load_drafter
+from ..drafters import Drafter, folder_argument, load_drafter
 from ..errors import UserError
 from ..target import Target
 from .generation_config import check_mode, check_model_inputs, prompts_of, sampling_of
@@ -46,7 +46,7 @@ def custom_generate(drafter: str | Path, budget: int = 8) -> CustomGenerate:
     """
     if budget < 0:
         raise UserError(f"budget must be at least 0, not {budget}.")
-    return CustomGenerate(str(drafter), budget)
+    return CustomGenerate(folder_argument(drafter) if isinstance(drafter, Path) else drafter, budget)
 
 
 class CustomGenerate:

@@ -27,7 +27,7 @@ class TrainConfig:
     drafter: dict[str, Any] = field(default_factory=dict)
     """The drafter's own config, for `ctc` the fields of CTCConfig."""
     init: str | None = None
-    """Drafter folder to train on from: of the same kind and shape, whatever target it was made for."""
+    """Drafter to train on from, as `bench` names it: of the same kind and shape, whatever target it was made for."""
     steps: int = 1000
     """Updates of the weights."""
     batch: int = 16

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ..drafters import drafter_folder
 from ..drafters.base import take_weights
 from ..errors import UserError
 from ..target import Target
@@ -72,7 +73,7 @@ def _prepare(config: TrainConfig, processes: Processes, console: Console) -> Set
     torch.manual_seed(config.seed)
     drafter = new_drafter(config, target)
     if config.init is not None:
-        take_weights(Path(config.init), drafter)
+        take_weights(drafter_folder(config.init), drafter)
     drafter.to(target.device)
     target.capture(drafter.feature_layers)
     train_set, held_set = read_sequences(config, target)
