@@ -118,8 +118,12 @@ def make_problems(sequences: list[Sequence], anchors: int, labels: int, generato
         valid[i, : len(s.ids)] = torch.tensor(s.mask, dtype=torch.bool)
     possible = (valid[:, 1:-1] & valid[:, 2:])[:, :width]
     # Without replacement where the answer is long enough; short answers repeat some of theirs.
-    few = possible.sum(-1).min() < anchors
-    chosen = torch.multinomial(possible.float(), anchors, replacement=bool(few), generator=generator)
+    short = possible.sum(-1) < anchors
+    chosen = torch.empty(len(sequences), anchors, dtype=torch.long)
+    for group, repeats in ((~short, False), (short, True)):
+        if group.any():
+            drawn = torch.multinomial(possible[group].float(), anchors, replacement=repeats, generator=generator)
+            chosen[group] = drawn
     index = chosen[..., None] + 2 + torch.arange(labels)
     rows = torch.arange(len(sequences))[:, None, None]
     target_labels = ids[rows, index].masked_fill(~valid[rows, index].cumprod(-1).bool(), IGNORE)
