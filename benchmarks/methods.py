@@ -31,11 +31,14 @@ from typing import Any
 import yaml
 
 from common import FILES, about, command
+from ctc_drafter.bench.command import output_files
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import CTCConfig
 from ctc_drafter.errors import UserError
 
+Pair = tuple[str, int]
+"""A drafter and a budget."""
 LAYERS = [2, 4, -1]
 CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 9, "labels": 8}
 
@@ -179,27 +182,33 @@ def main() -> None:
         print(f"trained  {options.work}; the same command without --train-only measures", flush=True)
         return
     drafters = [*([] if ablation else ["lookup"]), *folders]
+    summary(measure([str(drafter) for drafter in drafters], options), options)
+
+
+def measure(drafters: list[str], options: argparse.Namespace) -> dict[Pair, Path]:
+    """Run `bench`; returns its result files, by drafter and budget."""
+    pairs = list(itertools.product(drafters, dict.fromkeys(options.budgets)))
+    output = options.json
+    if len(pairs) == 1:  # its result would be OUT.json, which the means are for
+        output = output.with_stem(f"{output.stem}-{Path(pairs[0][0]).name}-{pairs[0][1]}")
     command(
         "bench",
-        *("--target", options.target, "--dtype", options.dtype, "--limit", options.limit, "--json", options.json),
+        *("--target", options.target, "--dtype", options.dtype, "--limit", options.limit, "--json", output),
         *("--max-new-tokens", options.max_new_tokens),
         *(part for name in options.files for part in ("--prompts", options.eval / name)),
         *(part for drafter in drafters for part in ("--drafter", drafter)),
         *(part for budget in options.budgets for part in ("--budget", budget)),
         *(["--overwrite"] if options.overwrite else []),
     )
-    summary([Path(drafter).name for drafter in drafters], options)
+    return dict(zip(pairs, output_files(output, pairs)))
 
 
-def summary(measured: list[str], options: argparse.Namespace) -> None:
-    """Write OUT.json: mean and spread over the seeds of each method, search and budget; and print them.
-
-    Reads the results of the drafters `measured`, by name: other results with names like these may lie beside them.
-    """
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for drafter, budget in itertools.product(measured, options.budgets):
-        totals = json.loads(options.json.with_stem(f"{options.json.stem}-{drafter}-{budget}").read_text())["totals"]
-        groups.setdefault((re.sub(r"-seed\d+", "", drafter), budget), []).append(totals)
+def summary(measured: dict[Pair, Path], options: argparse.Namespace) -> None:
+    """Write OUT.json: mean and spread over the seeds of each method, search and budget; and print them."""
+    groups: dict[Pair, list[dict[str, Any]]] = {}
+    for (drafter, budget), path in measured.items():
+        method = re.sub(r"-seed\d+", "", Path(drafter).name)
+        groups.setdefault((method, budget), []).append(json.loads(path.read_text())["totals"])
     rows = []
     for (name, budget), runs in sorted(groups.items()):
         row: dict[str, Any] = {"method": name, "budget": budget, "runs": len(runs)}

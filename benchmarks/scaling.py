@@ -11,6 +11,7 @@ Rows: one for each size, drafter and budget.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing import Any
 import yaml
 
 from common import about, command
+from ctc_drafter.bench.command import output_files
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.bench.sheets import COLOURS, MARKERS, STYLE
 from ctc_drafter.cli.options import plain_errors
@@ -33,6 +35,8 @@ SIZES: dict[str, dict[str, int]] = {
     "350m": {"hidden_size": 1024, "intermediate_size": 2816, "layers": 28, "heads": 16, "kv_heads": 4},
 }
 """Shapes of one family: heads of width 64, an MLP of 8/3 of the width."""
+DRAFTER = Path(__file__).parents[1] / "recipes" / "ctc.yaml"
+"""The drafter that we recommend."""
 TOTALS = ("answers", "identical", "looped", "tau", "speedup", "efficiency", "plain_tokens_per_second")
 
 
@@ -59,7 +63,7 @@ def prepare(size: str, options: argparse.Namespace) -> Path:
     recipe |= {"target": str(target), "output": str(answers), "dtype": options.dtype}
     made(folder, "distill", recipe, folder / "distilled.done", threads)
     (folder / "distilled.done").touch()
-    content = {"slots": 7, "labels": 6, "topology": "label-context", "objective": "prefix", "vocabulary": 2048}
+    content = {**yaml.safe_load(DRAFTER.read_text())["drafter"], "vocabulary": 2048}
     recipe = {"target": str(target), "data": [str(answers)], "output": str(drafter), "kind": "ctc", "drafter": content}
     recipe |= {"steps": options.drafter_steps, "decay": options.drafter_steps * 2 // 5, "dtype": options.dtype}
     made(folder, "train", recipe, drafter / "run.yaml", threads)
@@ -69,18 +73,19 @@ def prepare(size: str, options: argparse.Namespace) -> Path:
 def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one size: plain and drafted, interleaved."""
     names = [str(folder / "ctc"), f"{folder / 'ctc'}+lookup", "lookup"]
+    output, pairs = folder / "bench.json", list(itertools.product(names, dict.fromkeys(options.budgets)))
     command(
         "bench",
         *("--target", folder / "target", "--dtype", options.dtype, "--limit", options.limit),
         *(part for path in options.prompts for part in ("--prompts", path)),
         *(part for name in names for part in ("--drafter", name)),
         *(part for budget in options.budgets for part in ("--budget", budget)),
-        *("--overwrite", "--json", folder / "bench.json"),
+        *("--overwrite", "--json", output),
     )
     trained = json.loads((folder / "target" / "pretrain.json").read_text())
     facts = {"trained_on": trained["tokens"], "held_out_loss": trained["held_out_loss"]}
     rows = []
-    for path in sorted(folder.glob("bench*.json")):
+    for path in sorted(output_files(output, pairs)):
         content = json.loads(path.read_text())
         totals = content["totals"]
         row = {"size": folder.name, "parameters": content["target"]["parameters"], **facts}
