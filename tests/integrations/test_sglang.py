@@ -302,6 +302,17 @@ def test_another_release_is_refused_in_a_sentence(version: str) -> None:
         sglang.check_version(version)
 
 
+def test_another_release_starts_without_us(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Every SGLang process calls the entry point, also of a release that has none of what we would import."""
+    monkeypatch.setattr(sglang, "installed_version", lambda: "0.4.1")
+    monkeypatch.delenv(sglang.VARIABLE, raising=False)
+    sglang.register()
+    assert not caplog.records
+    monkeypatch.setenv(sglang.VARIABLE, "ctc")
+    sglang.register()
+    assert len(caplog.records) == 1 and "0.4.1 is installed" in caplog.text
+
+
 def test_arguments_are_filled_in(read_version: None) -> None:
     args = arguments()
     sglang.check_arguments(args)

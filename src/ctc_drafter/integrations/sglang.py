@@ -273,7 +273,13 @@ def worker_class() -> type:
 
 
 def register() -> None:
-    """Called by SGLang in each of its processes."""
+    """Called by SGLang in each of its processes; in an SGLang of another version it only says so to who asks for us."""
+    try:
+        check_version(installed_version())
+    except UserError as error:
+        if os.environ.get(VARIABLE):
+            log.warning("%s The algorithm %s is not there.", error, NAME)
+        return
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
