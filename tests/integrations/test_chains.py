@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TEXTS
-from ctc_drafter.drafters import load_drafter
+from conftest import TEXTS, build_drafter
+from ctc_drafter.drafters import DRAFTERS, TrainableDrafter, load_drafter
+from ctc_drafter.drafters.slots import SlotDrafter
+from ctc_drafter.errors import UserError
 from ctc_drafter.integrations import chains
-from ctc_drafter.integrations.chains import ChainDrafter, Pass
+from ctc_drafter.integrations.chains import ChainDrafter, Pass, drafter_layers
 from ctc_drafter.target import Target
 
 BUDGET = 12
@@ -104,3 +106,17 @@ def test_a_chain_is_cut_where_it_is_of_no_use(target: Target, drafter_folder: Pa
     assert drafter.draft([part(texts[0], 0, 10, longest=1)])[0] == whole[:1]
     assert drafter.draft([part(texts[0], 0, 10, longest=0)])[0] == []
     assert drafter.draft([]) == []
+
+
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang"])
+def test_only_what_fills_all_slots_at_once_can_run_elsewhere(engine: str, target: Target, tmp_path: Path) -> None:
+    for kind, cls in DRAFTERS.items():
+        if issubclass(cls, TrainableDrafter):
+            folder = str(build_drafter(tmp_path / kind, target, kind))
+            if issubclass(cls, SlotDrafter):
+                assert drafter_layers(folder, engine) == load_drafter(folder, target).feature_layers
+            else:
+                with pytest.raises(UserError, match=f"'{kind}', which cannot run in {engine}"):
+                    drafter_layers(folder, engine)
+    with pytest.raises(UserError, match="no drafter 'nowhere'"):
+        drafter_layers("nowhere", engine)

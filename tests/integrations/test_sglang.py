@@ -21,7 +21,7 @@ from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.integrations import sglang
-from ctc_drafter.integrations.chains import TreeDrafter
+from ctc_drafter.integrations.chains import TreeDrafter, drafter_layers
 from ctc_drafter.integrations.packed import Draft, accepted_nodes, packed
 from ctc_drafter.integrations.sglang import Drafting
 from ctc_drafter.target import EMBEDDED, Target
@@ -318,7 +318,7 @@ def test_arguments_are_filled_in(read_version: None) -> None:
     sglang.check_arguments(args)
     assert (args.speculative_num_draft_tokens, args.return_hidden_states_mode) == (sglang.DRAFT_TOKENS, "full")
     assert args.disable_overlap_schedule and not args.enable_mixed_chunk
-    assert sglang.drafter_layers("ctc") == (-1,)
+    assert drafter_layers("ctc", "SGLang") == (-1,)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from ..drafters import DRAFTERS, EMBEDDED_DRAFTERS, Drafter, drafter_folder
+from ..drafters.base import read_config
 from ..drafters.slots import SlotDrafter
+from ..errors import UserError
 from ..target import LAST
 from ..tree import DraftTree
 
@@ -118,3 +121,29 @@ def ordered_features(layers: Sequence[int], last: torch.Tensor, inner: Sequence[
     outputs = {LAST: last, **dict(zip(order, inner or []))}
     parts = [outputs[layer] for layer in layers]
     return parts[0] if len(parts) == 1 else torch.cat([part[: len(last)] for part in parts], -1)
+
+
+# ---------------------------------------------------------------- which drafters can
+
+
+def check_kind(kind: type[Drafter], name: str, engine: str) -> None:
+    """Raise UserError if drafters of this class cannot run in `engine`; name: of the one in question."""
+    if not issubclass(kind, SlotDrafter):
+        able = ", ".join(each for each, cls in DRAFTERS.items() if issubclass(cls, SlotDrafter))
+        raise UserError(
+            f"Drafter '{name}' is of kind '{kind.kind}', which cannot run in {engine}; those "
+            f"that fill all slots at once can ({able})."
+        )
+
+
+def drafter_layers(name: str, engine: str) -> tuple[int, ...]:
+    """The feature layers of a drafter, of which no weight is read.
+
+    Raises UserError if there is none of that name, or it is damaged or cannot run in `engine`.
+    """
+    folder = drafter_folder(name)
+    if not folder.is_dir():
+        raise UserError(f"There is no drafter '{name}': give a checkpoint folder, {' or '.join(EMBEDDED_DRAFTERS)}.")
+    kind, config, _ = read_config(folder)
+    check_kind(kind, name, engine)
+    return tuple(config.feature_layers)

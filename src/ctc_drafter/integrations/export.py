@@ -12,11 +12,11 @@ import yaml
 
 from .. import __version__
 from ..drafters import DRAFTERS
-from ..drafters.slots import SlotDrafter
 from ..errors import UserError
 from ..files import write_folder
 from ..inspection import inspect_path, is_well
 from ..target import Target
+from .chains import check_kind
 
 GENERATE = Path(__file__).with_name("exported_generate.py")
 
@@ -94,11 +94,8 @@ def export(drafter: str | Path, to: str, output: Path, *, overwrite: bool = Fals
     if not is_well(report):
         bad = "; ".join(f"{check['name']}: {check['note']}" for check in report["checks"] if not check["ok"])
         raise UserError(f"Drafter '{drafter}' is damaged and is not exported ({bad}).")
-    if to == "vllm" and not issubclass(DRAFTERS[report["kind"]], SlotDrafter):
-        raise UserError(
-            f"'{drafter}' is of kind '{report['kind']}', which cannot run in vLLM; those that fill all slots at once "
-            "can (ctc, parallel, medusa)."
-        )
+    if to == "vllm":
+        check_kind(DRAFTERS[report["kind"]], str(drafter), "vLLM")
     folder = Path(report["path"])
     _check_output(folder, output, overwrite)
 

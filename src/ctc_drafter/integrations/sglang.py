@@ -26,13 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..drafters import drafter_folder, load_drafter
-from ..drafters.base import read_config
-from ..drafters.slots import SlotDrafter
+from ..drafters import load_drafter
 from ..errors import UserError
 from ..target import LAST
 from .borrowed import borrow_target
-from .chains import Pass, TreeDrafter, ordered_features
+from .chains import Pass, TreeDrafter, drafter_layers, ordered_features
 from .packed import Draft, packed, prompt_read, verified
 
 log = logging.getLogger("sglang.ctc_drafter")
@@ -173,7 +171,7 @@ def check_arguments(args: Any) -> None:
     check_version(installed_version())
     if args.speculative_draft_model_path:
         raise UserError(f"{NAME} takes its drafter from the environment variable {VARIABLE}, not from an option.")
-    drafter_layers(drafter_name())
+    drafter_layers(drafter_name(), "SGLang")
     for name, least in (("tp_size", "--tp 1"), ("pp_size", "--pp-size 1"), ("dp_size", "--dp 1")):
         if getattr(args, name, 1) != 1:
             raise UserError(f"{NAME} was written for one GPU; start SGLang with {least}.")
@@ -202,20 +200,6 @@ def drafter_name() -> str:
             f"SGLang was not told which drafter to use; set the environment variable {VARIABLE} to its folder."
         )
     return name
-
-
-def drafter_layers(name: str) -> tuple[int, ...]:
-    """The feature layers of a drafter. Raises UserError if it is none that can run in another engine."""
-    folder = drafter_folder(name)
-    if not folder.is_dir():
-        raise UserError(f"There is no drafter '{name}': give a checkpoint folder, ctc or paper.")
-    cls, config, _ = read_config(folder)
-    if not issubclass(cls, SlotDrafter):
-        raise UserError(
-            f"Drafter '{name}' is of kind '{cls.kind}', which cannot run in SGLang; those that fill all slots at once "
-            "can (ctc, parallel, medusa)."
-        )
-    return tuple(config.feature_layers)
 
 
 def hand_out(runner: Any, layers: tuple[int, ...]) -> None:
@@ -248,7 +232,7 @@ def worker_class() -> type:
         def __init__(self, server_args: Any, gpu_id: int, nccl_port: int, target_worker: Any) -> None:
             super().__init__(server_args, gpu_id, nccl_port, target_worker)
             runner, name = self.model_runner, drafter_name()
-            layers = drafter_layers(name)
+            layers = drafter_layers(name, "SGLang")
             hand_out(runner, layers)
             longest = runner.model_config.context_len
             target = borrow_target(

@@ -19,13 +19,11 @@ from typing import Any
 import torch
 
 from ..config import from_mapping
-from ..drafters import drafter_folder, load_drafter
-from ..drafters.base import read_config
-from ..drafters.slots import SlotDrafter
+from ..drafters import load_drafter
 from ..errors import UserError
 from ..target import LAST
 from .borrowed import borrow_target
-from .chains import ChainDrafter, Pass, ordered_features
+from .chains import ChainDrafter, Pass, drafter_layers, ordered_features
 
 VERSION = "0.32"
 """The release of vLLM whose model runner this module was written for and tested with."""
@@ -80,16 +78,7 @@ class CTCProposer:
         repair_sampling()
         self.config = vllm_config
         self.options = read_options(vllm_config.additional_config)
-        folder = drafter_folder(self.options.drafter)
-        if not folder.is_dir():
-            raise UserError(f"There is no drafter '{self.options.drafter}': give a checkpoint folder, ctc or paper.")
-        cls, config, _ = read_config(folder)
-        if not issubclass(cls, SlotDrafter):
-            raise UserError(
-                f"Drafter '{self.options.drafter}' is of kind '{cls.kind}', which cannot run in vLLM; those that fill "
-                "all slots at once can (ctc, parallel, medusa)."
-            )
-        self.layers: tuple[int, ...] = tuple(config.feature_layers)
+        self.layers = drafter_layers(self.options.drafter, "vLLM")
         # vLLM keeps compiled models under a hash of its configuration; which layers are handed out must be part of it.
         vllm_config.additional_config[f"{KEY}_layers"] = list(self.layers)
         self._chains: ChainDrafter | None = None
