@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from conftest import build_drafter, build_target
 from ctc_drafter.cli import app
-from ctc_drafter.drafters import EMBEDDED_DRAFTERS
+from ctc_drafter.drafters import EMBEDDED_DRAFTERS, load_drafter
+from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 
 
@@ -99,6 +100,29 @@ def test_damage_is_found(copy: Path) -> None:
     assert "slotss" in failed(told(copy, code=1))["config"]
     result = inspect(copy)
     assert result.exit_code == 1 and "BAD" in result.stdout
+
+
+@pytest.mark.parametrize("fault", ["nan", "order", "probe", "kind"])
+def test_inspection_and_loading_say_the_same(fault: str, copy: Path, target: Target) -> None:
+    weights, content = load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
+    content.pop("weights_sha256")
+    if fault == "nan":
+        weights["blank"].fill_(torch.nan)
+    elif fault == "order":
+        weights["kept"] = weights["kept"].flip(0).contiguous()
+    elif fault == "probe":
+        content["speculators_config"]["verifier"]["probe"] = ["no number"]
+    else:
+        content["speculators_model_type"] = "stranger"
+    save_file(weights, copy / "model.safetensors")
+    (copy / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as refusal:
+        load_drafter(str(copy), target)
+    if fault in ("nan", "order"):
+        assert failed(told(copy, code=1))["values"] in str(refusal.value)
+    else:  # it is no drafter that could be told of
+        result = inspect(copy)
+        assert result.exit_code == 2 and result.stderr.strip() == str(refusal.value)
 
 
 def test_whether_a_drafter_fits_a_target(drafter_folder: Path, target_folder: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from .config import from_mapping
-from .drafters import DRAFTERS, TrainableDrafter, drafter_folder
-from .drafters.base import check_digest, load_trainable
+from .drafters import TrainableDrafter, drafter_folder
+from .drafters.base import check_digest, described, load_trainable, weights_fault
 from .drafters.shell import shell
 from .errors import UserError
 from .jsonl import read_object
@@ -78,19 +78,12 @@ def weights_of(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -> Report:
-    try:
-        kind = str(content["speculators_model_type"])
-        verifier = dict(content["speculators_config"]["verifier"])
-        fields = dict(content["drafter"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({error!r}).") from None
-    cls: Any = DRAFTERS.get(kind)
-    if cls is None or not issubclass(cls, TrainableDrafter):
-        raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}', so it cannot be looked into.")
+    cls, fields = described(folder, content)
+    verifier = content["speculators_config"]["verifier"]
     report: Report = {
         "what": "drafter",
         "path": str(folder),
-        "kind": kind,
+        "kind": cls.kind,
         "bytes": _folder_bytes(folder),
         "target": {key: verifier.get(key) for key in ("name_or_path", "architectures", "hidden_size", "vocab_size")},
         "config": fields,
@@ -104,7 +97,7 @@ def _drafter(folder: Path, content: Report, load: Callable[[], Target] | None) -
         report["proposed_tokens"] = drafter.proposed_tokens
         report["kept_tokens"] = len(drafter.kept)
         _attempt(checks, "tensors", lambda: _compare(folder, drafter))
-    _attempt(checks, "values", lambda: _check_values(folder, verifier.get("vocab_size")))
+    _attempt(checks, "values", lambda: _check_values(folder, verifier))
     _attempt(checks, "digest", lambda: check_digest(folder, content))
     if load is not None:
         loaded = load()
@@ -134,17 +127,14 @@ def _compare(folder: Path, drafter: TrainableDrafter) -> str:
     return f"{len(have)} tensors, {', '.join(sorted({dtype for _, dtype in have.values()}))}"
 
 
-def _check_values(folder: Path, vocabulary: Any) -> str:
+def _check_values(folder: Path, verifier: Report) -> str:
+    vocabulary = verifier.get("vocab_size")
     with safe_open(_weights_file(folder), "pt") as opened:
         names = list(opened.keys())
-        bad = [name for name in names if not bool(opened.get_tensor(name).float().isfinite().all())]
-        if bad:
-            raise UserError(f"not finite: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}")
-        if "kept" in names:
-            kept = opened.get_tensor("kept")
-            ascending = bool((kept[1:] > kept[:-1]).all()) and int(kept.min()) >= 0
-            if not ascending or (isinstance(vocabulary, int) and int(kept.max()) >= vocabulary):
-                raise UserError("the kept tokens are not ascending ids of the vocabulary")
+        weights = ((name, opened.get_tensor(name)) for name in names)
+        fault = weights_fault(weights, vocabulary if isinstance(vocabulary, int) else None)
+    if fault is not None:
+        raise UserError(fault)
     return "finite; the kept tokens are ids of the vocabulary" if "kept" in names else "finite"
 
 

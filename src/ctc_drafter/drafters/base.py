@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -249,12 +249,9 @@ class TrainableDrafter(Drafter):
 
     def check_weights(self) -> None:
         """Raise ValueError if a weight is not finite, or the kept tokens are not ascending tokens of the target."""
-        for name, weight in self.state_dict().items():
-            if not bool(weight.isfinite().all()):
-                raise ValueError(f"{name} holds numbers that are not finite")
-        kept = self.kept
-        if int(kept.min()) < 0 or int(kept.max()) >= self.target.vocab_size or bool((kept[1:] <= kept[:-1]).any()):
-            raise ValueError("kept does not name tokens of the target in ascending order")
+        fault = weights_fault(self.state_dict().items(), self.target.vocab_size)
+        if fault is not None:
+            raise ValueError(fault)
 
     def prepare(self) -> None:
         """Called once after loading, on the target's device and dtype: derive inference-only tables."""
@@ -286,6 +283,24 @@ def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
         raise UserError(f"Drafter '{folder}' cannot be trained on from: {reason}") from None
 
 
+def weights_fault(weights: Iterable[tuple[str, torch.Tensor]], vocabulary: int | None) -> str | None:
+    """What is wrong with a drafter's weights, if anything is: numbers that are not finite, or tokens out of order.
+
+    vocabulary: the size of the target's; None if that is not known.
+    """
+    bad, ordered = [], True
+    for name, weight in weights:
+        if not bool(weight.float().isfinite().all()):  # eight bits have no isfinite of their own
+            bad.append(name)
+        if name == "kept":
+            ordered = int(weight.min()) >= 0 and not bool((weight[1:] <= weight[:-1]).any())
+            ordered = ordered and (vocabulary is None or int(weight.max()) < vocabulary)
+    if bad:
+        named = ", ".join(bad[:4]) + (" …" if len(bad) > 4 else "")
+        return f"{named} {'holds' if len(bad) == 1 else 'hold'} numbers that are not finite"
+    return None if ordered else "kept does not name tokens of the target in ascending order"
+
+
 def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     """Class and config of the drafter in a folder, and all that its config.json says; no weight is read.
 
@@ -295,6 +310,15 @@ def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     content = read_object(
         path, f"Drafter folder '{folder}' has no config.json.", ", so it is not a ctc-drafter checkpoint"
     )
+    cls, fields = described(folder, content)
+    return cls, from_mapping(cls.config_class, fields, str(path)), content
+
+
+def described(folder: Path, content: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Class and fields of the config that a folder's config.json tells, its verifier checked.
+
+    Raises UserError if `content` is no drafter's or of an unknown kind; whether the fields are right, it does not say.
+    """
     try:
         kind, verifier = content["speculators_model_type"], content["speculators_config"]["verifier"]
         fields = dict(content["drafter"])
@@ -304,11 +328,11 @@ def read_config(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         verifier["probe"] = [float(number) for number in verifier.get("probe") or []]
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"'{path}' is not a ctc-drafter checkpoint ({reason}).") from None
+        raise UserError(f"'{folder / 'config.json'}' is not a ctc-drafter checkpoint ({reason}).") from None
     if cls is None or not issubclass(cls, TrainableDrafter):
         known = sorted(name for name, c in DRAFTERS.items() if issubclass(c, TrainableDrafter))
         raise UserError(f"'{folder}' holds a drafter of unknown kind '{kind}'; known are {', '.join(known)}.")
-    return cls, from_mapping(cls.config_class, fields, str(path)), content
+    return cls, fields
 
 
 def load_trainable(folder: Path, target: Target) -> Drafter:
