@@ -13,6 +13,11 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+WEIGHTS = "model.safetensors"
+"""Of a drafter's folder and of a target's."""
+RESULT_KIND = "ctc-drafter bench"
+"""What a result file says that it is."""
+
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(folder)` on a fresh sibling folder, then put it in the place of `path` by renaming.

@@ -18,6 +18,7 @@ from .drafters import TrainableDrafter, drafter_folder
 from .drafters.base import check_digest, described, load_trainable, weights_fault
 from .drafters.shell import shell
 from .errors import UserError
+from .files import RESULT_KIND, WEIGHTS
 from .jsonl import read_object
 from .target import Target
 from .target.loading import check_folder
@@ -139,9 +140,9 @@ def _check_values(folder: Path, verifier: Report) -> str:
 
 
 def _weights_file(folder: Path) -> Path:
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     if not file.is_file():
-        raise UserError("there is no model.safetensors")
+        raise UserError(f"there is no {WEIGHTS}")
     return file
 
 
@@ -202,11 +203,11 @@ def _target(folder: Path, load: Callable[[], Target] | None, trust_remote_code: 
 
 def _target_weights(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """The tensors of the file or of the parts that its index names, as transformers chooses them."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return weights_of([folder / "model.safetensors"])
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        return weights_of([folder / WEIGHTS])
     if not index.is_file():
-        raise UserError("there is no model.safetensors; other formats are not loaded")
+        raise UserError(f"there is no {WEIGHTS}; other formats are not loaded")
     named = dict(read_object(index)["weight_map"])
     files = sorted({folder / str(name) for name in named.values()})
     absent = [file.name for file in files if not file.is_file()]
@@ -241,7 +242,7 @@ def _stop_ids(folder: Path, text: Any) -> list[int]:
 
 def _result(path: Path) -> Report:
     content = read_object(path)
-    if content.get("kind") != "ctc-drafter bench" or not isinstance(content.get("totals"), dict):
+    if content.get("kind") != RESULT_KIND or not isinstance(content.get("totals"), dict):
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
     keys = ("date", "complete", "target", "drafter", "versions")
     return {"what": "result", "path": str(path), **{k: content.get(k) for k in keys}, "totals": content["totals"]}

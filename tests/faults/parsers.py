@@ -18,10 +18,10 @@ from safetensors.torch import save, save_file
 
 from ctc_drafter.bench.compare import NEEDED, compare_files, read_drafter_folder, read_history
 from ctc_drafter.bench.prompts import read_prompts
-from ctc_drafter.bench.results import KIND
 from ctc_drafter.config import load_recipe
 from ctc_drafter.drafters.base import read_config
 from ctc_drafter.errors import UserError
+from ctc_drafter.files import RESULT_KIND
 from ctc_drafter.inspection import inspect_path, report_table, result_line
 from ctc_drafter.jsonl import read_jsonl
 from ctc_drafter.target.loading import check_folder
@@ -80,7 +80,7 @@ DISTILLED = [{"id": f"0123456789abcde{i}", "answer_ids": [i, 7]} for i in range(
 HISTORY = [{"step": 3, "loss": 2.5, "seconds": 1.5, "tau": None}, {"step": 6, "loss": 2.25, "seconds": 3}]
 RESULT = {
     **{part: {key: kinds[0]() for key, kinds in needed.items()} | {"tokens": 5} for part, needed in NEEDED.items()},
-    "kind": KIND,
+    "kind": RESULT_KIND,
     "complete": True,
     "rows": [{"id": "a", "category": "b", "turn": 0, "plain_tokens": 5}],
 }

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import RESULT_KIND
 from ..jsonl import read_json
-from .results import KIND
 
 HISTORY_SUFFIX = ".history.json"
 _TEXT, _COUNT, _NUMBER, _ANY = (str,), (int,), (float, int, type(None)), (str, object)
@@ -238,7 +238,7 @@ def _plain_lengths(content: dict[str, Any]) -> dict[tuple[Any, ...], int]:
 def read_result(path: Path) -> dict[str, Any]:
     """One result file of `bench`. Raises UserError if it is anything else."""
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    if not isinstance(content, dict) or content.get("kind") != RESULT_KIND:
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
     for part, kinds in NEEDED.items():
         if not isinstance(content.get(part), dict):

@@ -12,17 +12,14 @@ from typing import Any
 
 from ..environment import machine, versions
 from ..errors import UserError
-from ..files import write_text
+from ..files import RESULT_KIND, write_text
 from .measure import Result
-
-KIND = "ctc-drafter bench"
-"""What a result file says that it is."""
 
 
 def document(result: Result, target: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """The JSON document of one result."""
     return {
-        "kind": KIND,
+        "kind": RESULT_KIND,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "complete": result.complete,
         "command": shlex.join(["ctc-drafter", *sys.argv[1:]]),

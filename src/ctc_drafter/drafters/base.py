@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import from_mapping
 from ..errors import UserError
-from ..files import file_digest, write_folder
+from ..files import WEIGHTS, file_digest, write_folder
 from ..jsonl import read_object
 from ..target import Target
 from ..tree import DraftTree
@@ -23,7 +23,6 @@ from .shell import build
 
 Registry = dict[str, type["Drafter"]]
 DRAFTERS: Registry = {}
-WEIGHTS = "model.safetensors"
 IGNORE = -100
 """Label of a position that carries no loss."""
 

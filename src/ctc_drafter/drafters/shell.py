@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..errors import UserError
+from ..files import WEIGHTS
 
 if TYPE_CHECKING:
     from ..target import Target
@@ -83,7 +84,7 @@ def _told(folder: Path) -> Iterator[None]:
 @contextmanager
 def _limited(folder: Path) -> Iterator[None]:
     """Let modules of this thread have about as many tensors and numbers as the weights; more raise TooLarge."""
-    weights = folder / "model.safetensors"
+    weights = folder / WEIGHTS
     most = AMPLE + 8 * weights.stat().st_size if weights.is_file() else math.inf
     tensors, numbers, here = 0, 0, threading.get_ident()
 

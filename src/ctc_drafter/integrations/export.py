@@ -13,7 +13,7 @@ import yaml
 from .. import __version__
 from ..drafters import DRAFTERS
 from ..errors import UserError
-from ..files import write_folder
+from ..files import WEIGHTS, write_folder
 from ..inspection import inspect_path, is_well
 from ..target import Target
 from .chains import check_kind
@@ -100,7 +100,7 @@ def export(drafter: str | Path, to: str, output: Path, *, overwrite: bool = Fals
     _check_output(folder, output, overwrite)
 
     def write(aside: Path) -> None:
-        for name in ("config.json", "model.safetensors"):
+        for name in ("config.json", WEIGHTS):
             shutil.copyfile(folder / name, aside / name)
         writers[to](aside, report, output)
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import WEIGHTS
 from ..jsonl import read_object
 
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+OPTIONAL = ("generation_config.json", "tokenizer_config.json", f"{WEIGHTS}.index.json")
 """Files of a model's folder that may be absent."""
 
 
