@@ -29,3 +29,8 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) 
         raise UserError(
             f"The chat template of '{tokenizer.name_or_path}' cannot render messages of {roles}: {reason}"
         ) from None
+
+
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat with the generation prompt. Raises UserError without a chat template that takes it."""
+    return list(render_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"])

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from ctc_drafter.chat import prompt_ids
 from ctc_drafter.errors import UserError
-from ctc_drafter.training.data import Exclusion, chat_ids, copies, example_key, prompt_ids
+from ctc_drafter.training.data import Exclusion, chat_ids, copies, example_key
 from helpers import tokenizer
 
 # ---------------------------------------------------------------- chats

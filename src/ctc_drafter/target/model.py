@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..cache import SlotCache
-from ..chat import render_chat
+from ..chat import prompt_ids
 from ..errors import UserError
 from ..tree import DraftTree
 from .attention import NAME as GROUPED_ATTENTION
@@ -342,7 +342,7 @@ class Target:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat with the generation prompt. Raises UserError without a chat template that takes it."""
-        return list(render_chat(self.tokenizer, messages, add_generation_prompt=True)["input_ids"])
+        return prompt_ids(self.tokenizer, messages)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..chat import check_template, render_chat
+from ..chat import check_template, prompt_ids, render_chat
 from ..errors import UserError
 from ..jsonl import read_jsonl
 
@@ -164,8 +164,3 @@ def _ids_by_nesting(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[lis
         mask += [0] * (len(before) - len(ids)) + [1] * (len(through) - len(before))
         ids = through
     return ids, mask
-
-
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat up to and including the generation prompt. Raises UserError without a chat template."""
-    return list(render_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"])

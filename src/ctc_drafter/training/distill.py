@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..chat import prompt_ids
 from ..errors import UserError
 from ..jsonl import read_jsonl
 from ..target import Target
 from .answers import batched_answers
 from .checkpoint import check_recipe
-from .data import Exclusion, Prompt, copies, example_key, prompt_ids, prompt_messages
+from .data import Exclusion, Prompt, copies, example_key, prompt_messages
 from .lock import locked
 from .remote import RemoteTarget
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..chat import prompt_ids
 from ..drafters.base import IGNORE
 from ..errors import UserError
 from ..files import write_file, write_folder
@@ -34,7 +35,6 @@ from .data import (
     copies,
     example_key,
     messages_of,
-    prompt_ids,
     prompt_messages,
     row_text,
     text_key,
