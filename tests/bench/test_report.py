@@ -14,13 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ctc_drafter.bench.compare import compare_files, read_drafter_folder, read_history
-from ctc_drafter.bench.markdown import duration, run_report
+from ctc_drafter.bench.markdown import run_report
 from ctc_drafter.bench.measure import Result
 from ctc_drafter.bench.results import document, write_json
 from ctc_drafter.bench.sheets import PHASE_COLOURS, Sheets
 from ctc_drafter.cli import app
 from ctc_drafter.decoding import PHASES
 from ctc_drafter.errors import UserError
+from ctc_drafter.words import duration
 
 TARGET = {"name": "tiny", "dtype": "float32", "device": "cpu", "parameters": 12_000_000}
 ARGUMENTS = {"prompts": ["some/where/mine.jsonl"], "max_new_tokens": 64, "temperature": 0.0}

@@ -12,7 +12,7 @@ from typing import Any
 from ..decoding import PHASES
 from ..errors import UserError
 from ..files import write_text
-from ..words import number, percent, size
+from ..words import duration, number, percent, size
 from .compare import (
     Comparison,
     Entry,
@@ -234,13 +234,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
     for row in rows:
         yield f"| {' | '.join(cell.replace('|', '/') for cell in row)} |"
     yield ""
-
-
-def duration(seconds: float | None) -> str:
-    """A time as people say it."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

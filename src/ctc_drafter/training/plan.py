@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..drafters.base import stored_dtype
-from ..words import byte_size
+from ..words import byte_size, duration
 from .loop import Setup, Training
 from .problems import batch_of
 
@@ -47,7 +47,7 @@ def print_estimate(training: Training) -> None:
         f"storage  drafter {byte_size(_drafter_bytes(training))}, training state {byte_size(_state_bytes(training))}"
     )
     console.print(
-        f"time     {seconds:.3g} s a step, about {_duration(seconds * config.steps)} in all, evaluation not counted"
+        f"time     {seconds:.3g} s a step, about {duration(seconds * config.steps)} in all, evaluation not counted"
     )
 
 
@@ -75,10 +75,3 @@ def _state_bytes(training: Training) -> int:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
     return sum(t.nbytes for t in tensors)
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
