@@ -1,4 +1,4 @@
-"""Tiny models of many families, and drafters that behave badly on purpose."""
+"""Tiny models of many families, drafters that behave badly on purpose, and runs that must end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import TEXTS
 from ctc_drafter.decoding import Step, generate
 from ctc_drafter.drafters import Drafter
+from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
+from ctc_drafter.training import loop
 from ctc_drafter.training.tokenizer import train_tokenizer
 from ctc_drafter.tree import ROOT, DraftTree
 
@@ -292,3 +295,30 @@ class ScriptedForMany(Drafter):
     def tree(self, guess: Any, budget: int) -> DraftTree:
         assert self.script is not None
         return self.script.tree(guess, budget)
+
+
+# ---------------------------------------------------------------- runs that must end
+
+
+def refused(call: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Make a call that must be refused; returns its one sentence."""
+    with pytest.raises(UserError) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Killed(BaseException):
+    """What ends a run without asking it."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `train` die in the given step, like a process that is killed: nothing of that step is kept."""
+    real = loop.batch_of
+
+    def batch(sequences: Any, at: int, config: Any) -> Any:
+        if at == step:
+            raise Killed
+        return real(sequences, at, config)
+
+    monkeypatch.setattr(loop, "batch_of", batch)

@@ -15,7 +15,7 @@ from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.training.distill import DistillConfig, distill
-from helpers import run
+from helpers import refused, run
 
 TOKENS = 12
 
@@ -112,29 +112,22 @@ def test_long_prompts_are_left_out(recipe: DistillConfig, target: Target) -> Non
         distill(replace(recipe, max_new_tokens=target.max_context, output=recipe.output + "2"))
 
 
-def refused(recipe: DistillConfig) -> str:
-    with pytest.raises(UserError) as error:
-        distill(recipe)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 @pytest.mark.parametrize(
     "content", ['{"turns": ["mine"]}\n', '{"turns": ["mine"]}', "my notes\n", "my notes", '{"id": 3}\n']
 )
 def test_other_files_are_not_touched(content: str, recipe: DistillConfig) -> None:
     Path(recipe.output).parent.mkdir()
     Path(recipe.output).write_text(content)
-    refused(recipe)
+    refused(distill, recipe)
     assert Path(recipe.output).read_text() == content
 
 
 def test_row_without_a_question(recipe: DistillConfig) -> None:
     with Path(recipe.prompts[0]).open("a") as file:
         file.write('{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
-    assert "line 44: neither `turns` nor `messages`" in refused(recipe)
+    assert "line 44: neither `turns` nor `messages`" in refused(distill, recipe)
     assert not Path(recipe.output).exists()
 
 
 def test_target_without_chat_template(recipe: DistillConfig, tmp_path: Path) -> None:
-    assert "chat template" in refused(replace(recipe, target=str(build_target(tmp_path / "raw", chat=False))))
+    assert "chat template" in refused(distill, replace(recipe, target=str(build_target(tmp_path / "raw", chat=False))))

@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from conftest import build_target
 from ctc_drafter.cli import app
 from ctc_drafter.drafters import DRAFTERS, TrainableDrafter
-from ctc_drafter.errors import UserError
 from ctc_drafter.target import LAST, Target
 from ctc_drafter.training import features
 from ctc_drafter.training.evaluate import problem_loss
 from ctc_drafter.training.features import CachedFeatures, cache_features
 from ctc_drafter.training.problems import Sequence, make_problems, read_sequences
 from ctc_drafter.training.trainer import TrainConfig, train
+from helpers import Killed, refused
 from small_run import history, small_recipe, weights, write_data
 
 
@@ -167,13 +167,6 @@ def test_a_run_may_go_on_without_its_features(recipe: TrainConfig, folder: Path)
 # ---------------------------------------------------------------- damage
 
 
-def refused(call: Callable[..., Any], *args: Any, **options: Any) -> str:
-    with pytest.raises(UserError) as error:
-        call(*args, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def flipped(path: Path, tensor: str) -> None:
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
@@ -236,10 +229,6 @@ def test_damaged_index(recipe: TrainConfig, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- resuming
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -21,6 +21,7 @@ from ctc_drafter.training import cross_entropy
 from ctc_drafter.training import pretrain as module
 from ctc_drafter.training.lock import locked
 from ctc_drafter.training.pretrain import PretrainConfig, pretrain
+from helpers import Killed, refused
 
 WORDS = ["apple", "dog", "fox", "lazy", "quick", "jumps", "over", "morning", "answer", "six", "how", "gives", "half"]
 
@@ -63,10 +64,6 @@ def recipe(data: Path, tmp_path: Path) -> PretrainConfig:
         checkpoint_every=3,
         compile=False,
     )
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_resuming_changes_nothing(recipe: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,15 +209,8 @@ def test_chunked_loss_is_cross_entropy_with_z_loss() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def refused(recipe: PretrainConfig) -> str:
-    with pytest.raises(UserError) as error:
-        pretrain(recipe)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_corpus_that_is_too_small(recipe: PretrainConfig) -> None:
-    assert "takes at least 1000 and 1" in refused(replace(recipe, batch=1000))
+    assert "takes at least 1000 and 1" in refused(pretrain, replace(recipe, batch=1000))
 
 
 def test_damaged_blocks(recipe: PretrainConfig, tmp_path: Path) -> None:
@@ -249,24 +239,26 @@ def test_a_damaged_card_of_the_first_target_is_found_before_training(
 
 def test_fewer_steps_than_were_done(recipe: PretrainConfig) -> None:
     pretrain(recipe)
-    assert "is of step 6; set steps to at least that" in refused(replace(recipe, steps=3, decay=1))
+    assert "is of step 6; set steps to at least that" in refused(pretrain, replace(recipe, steps=3, decay=1))
 
 
 def test_a_second_run_into_one_folder(recipe: PretrainConfig) -> None:
     with locked(Path(recipe.output + ".lock")):
-        assert "Another run" in refused(recipe)
+        assert "Another run" in refused(pretrain, recipe)
     pretrain(recipe)
 
 
 def test_unlikelihood_needs_questions(recipe: PretrainConfig) -> None:
     recipe = replace(recipe, mixture={"chats": 0.0}, unlikelihood_steps=2)
-    assert "no `messages` with a question of at most" in refused(recipe)
+    assert "no `messages` with a question of at most" in refused(pretrain, recipe)
     assert not Path(recipe.output + ".work", "state").exists()
 
 
 def test_foreign_rows(recipe: PretrainConfig, tmp_path: Path) -> None:
     (tmp_path / "foreign.jsonl").write_text('{"text": "fine"}\n{"content": "what?"}\n')
-    assert "line 2: expected `messages` or `text`" in refused(replace(recipe, data=[str(tmp_path / "foreign.jsonl")]))
+    assert "line 2: expected `messages` or `text`" in refused(
+        pretrain, replace(recipe, data=[str(tmp_path / "foreign.jsonl")])
+    )
 
 
 def test_rows_need_no_source(recipe: PretrainConfig, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ import pytest
 from typer.testing import CliRunner
 
 from ctc_drafter.cli import app
-from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.training import client, remote
 from ctc_drafter.training.distill import DistillConfig, distill
 from fake_server import FakeServer, Plan
+from helpers import refused
 
 TOKENS = 12
 
@@ -65,13 +65,6 @@ def rows_of(path: Path | str) -> list[dict[str, Any]]:
 def expected(recipe: DistillConfig, tmp_path: Path) -> list[dict[str, Any]]:
     """What the target says when it runs here."""
     return rows_of(distill(replace(recipe, api_base=None, output=str(tmp_path / "local.jsonl"))))
-
-
-def refused(recipe: DistillConfig) -> str:
-    with pytest.raises(UserError) as error:
-        distill(recipe)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---------------------------------------------------------------- what works
@@ -197,14 +190,14 @@ def test_unknown_models(
     models: list[str], name: str | None, match: str, recipe: DistillConfig, server: FakeServer
 ) -> None:
     server.models = [{"id": m} for m in models]
-    assert match in refused(replace(recipe, api_model=name))
+    assert match in refused(distill, replace(recipe, api_model=name))
     assert not Path(recipe.output).exists() and not server.requests
 
 
 def test_a_server_that_lists_nothing_is_believed(recipe: DistillConfig, server: FakeServer) -> None:
     server.models = []
     server.plan = lambda number, body: (404, {"error": {"message": "The model `mine` does not exist."}})
-    assert "The model `mine` does not exist (status 404)" in refused(replace(recipe, api_model="mine"))
+    assert "The model `mine` does not exist (status 404)" in refused(distill, replace(recipe, api_model="mine"))
 
 
 # ---------------------------------------------------------------- failures
@@ -251,7 +244,7 @@ def test_a_hanging_server(recipe: DistillConfig, server: FakeServer) -> None:
 def test_a_server_that_dies_for_good(recipe: DistillConfig, server: FakeServer) -> None:
     """What was finished is kept, and the next run asks only for the rest."""
     server.plan = lambda number, body: None if number < 10 else "drop"
-    assert "cannot be used: no answer to /completions" in refused(replace(recipe, concurrency=2))
+    assert "cannot be used: no answer to /completions" in refused(distill, replace(recipe, concurrency=2))
     assert len(rows_of(recipe.output)) == 10
     server.plan, before = (lambda number, body: None), len(server.requests)
     assert len(rows_of(distill(recipe))) == 20 and len(server.requests) == before + 10
@@ -277,22 +270,24 @@ def test_nobody_listens(recipe: DistillConfig) -> None:
         port = free.getsockname()[1]
     began = time.monotonic()
     base = f"http://127.0.0.1:{port}/v1"
-    assert refused(replace(recipe, api_base=base)).startswith(f"The server at {base} cannot be used: no answer")
+    assert refused(distill, replace(recipe, api_base=base)).startswith(
+        f"The server at {base} cannot be used: no answer"
+    )
     assert time.monotonic() - began < 5 and not Path(recipe.output).exists()
 
 
 @pytest.mark.parametrize("base", ["localhost:8000", "ftp://x/v1", "http://", "http://[::1", ""])
 def test_addresses_that_are_none(base: str, recipe: DistillConfig) -> None:
-    assert "is not the address of a server" in refused(replace(recipe, api_base=base))
+    assert "is not the address of a server" in refused(distill, replace(recipe, api_base=base))
 
 
 def test_a_wrong_key(recipe: DistillConfig, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "secret"
-    assert "refuses the key (status 401)" in refused(recipe)
+    assert "refuses the key (status 401)" in refused(distill, recipe)
     monkeypatch.setenv("MY_KEY", "guess")
-    assert "--api-key-env" in refused(replace(recipe, api_key_env="MY_KEY"))
+    assert "--api-key-env" in refused(distill, replace(recipe, api_key_env="MY_KEY"))
     monkeypatch.delenv("MY_KEY")
-    assert "'MY_KEY' holds no key" in refused(replace(recipe, api_key_env="MY_KEY"))
+    assert "'MY_KEY' holds no key" in refused(distill, replace(recipe, api_key_env="MY_KEY"))
 
 
 @pytest.mark.parametrize(
@@ -315,20 +310,20 @@ def test_a_wrong_key(recipe: DistillConfig, server: FakeServer, monkeypatch: pyt
 )
 def test_replies_that_end_the_run(action: Any, match: str, recipe: DistillConfig, server: FakeServer) -> None:
     server.plan = lambda number, body: action
-    assert match in refused(recipe)
+    assert match in refused(distill, recipe)
     assert len(server.requests) < 4 * (client.ATTEMPTS + 1) + 20
     assert not Path(recipe.output).exists()
 
 
 def test_not_an_api_at_all(recipe: DistillConfig, server: FakeServer) -> None:
     base = server.base.removesuffix("/v1")
-    assert "lists no models; name one with --api-model" in refused(replace(recipe, api_base=base))
+    assert "lists no models; name one with --api-model" in refused(distill, replace(recipe, api_base=base))
     server.models = [{"name": "x"}]
-    assert "lists no models; is this an OpenAI-compatible server?" in refused(recipe)
+    assert "lists no models; is this an OpenAI-compatible server?" in refused(distill, recipe)
 
 
 def test_a_target_without_a_tokenizer(recipe: DistillConfig, tmp_path: Path) -> None:
-    assert "cannot be loaded" in refused(replace(recipe, target=str(tmp_path / "nowhere")))
+    assert "cannot be loaded" in refused(distill, replace(recipe, target=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize("change", [{"concurrency": 0}, {"request_timeout": 0.0}, {"api_base": None, "api_chat": True}])
@@ -395,14 +390,6 @@ def test_ctrl_c_keeps_what_is_finished(
     assert len(rows_of(output)) == 8
     server.plan = lambda number, body: None
     assert rows_of(distill(recipe)) == expected
-
-
-def test_a_wait_ends_with_the_run() -> None:
-    """A thread that waits for a busy server does not outlive its run."""
-    server = client.Server("http://127.0.0.1:9/v1")
-    server.stopped.set()
-    with pytest.raises(client.Stopped):
-        server.request("/models")
 
 
 def test_notes_name_only_what_happened() -> None:

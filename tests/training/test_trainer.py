@@ -21,11 +21,10 @@ from typer.testing import CliRunner
 from ctc_drafter.cli import app
 from ctc_drafter.drafters import DRAFTERS, load_drafter
 from ctc_drafter.drafters.base import TrainableDrafter
-from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
-from ctc_drafter.training import loop
 from ctc_drafter.training.problems import Sequence, batch_of, make_problems, split_problems
 from ctc_drafter.training.trainer import TrainConfig, train
+from helpers import Killed, killed_at, refused
 from small_run import small_recipe, weights, write_data
 
 # ---------------------------------------------------------------- problems
@@ -105,22 +104,6 @@ def data(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(target_folder: Path, data: Path, tmp_path: Path) -> TrainConfig:
     return small_recipe(target_folder, data, tmp_path / "drafter")
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Die in the given step, like a process that is killed: nothing of that step is kept."""
-    real = loop.batch_of
-
-    def batch(sequences: Any, at: int, config: Any) -> Any:
-        if at == step:
-            raise Killed
-        return real(sequences, at, config)
-
-    monkeypatch.setattr(loop, "batch_of", batch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -206,29 +189,22 @@ def test_estimate_is_what_the_run_does(store: str, recipe: TrainConfig, capsys: 
     assert seconds is not None and 0 < float(seconds[1]) < 60
 
 
-def refused(recipe: TrainConfig) -> str:
-    with pytest.raises(UserError) as error:
-        train(recipe)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_existing_folder_is_not_overwritten(recipe: TrainConfig) -> None:
     Path(recipe.output).mkdir()
     (Path(recipe.output) / "mine").write_text("precious")
-    assert "choose another output" in refused(recipe)
+    assert "choose another output" in refused(train, recipe)
     assert (Path(recipe.output) / "mine").read_text() == "precious"
 
 
 def test_fewer_steps_than_were_done(recipe: TrainConfig) -> None:
     train(recipe)
-    assert "is of step 6 and steps is 3; raise that to at least 6" in refused(replace(recipe, steps=3, decay=1))
+    assert "is of step 6 and steps is 3; raise that to at least 6" in refused(train, replace(recipe, steps=3, decay=1))
     train(recipe)
 
 
 def test_state_of_another_shape(recipe: TrainConfig) -> None:
     train(recipe)
-    assert "another recipe (drafter differ)" in refused(replace(recipe, drafter={**recipe.drafter, "slots": 5}))
+    assert "another recipe (drafter differ)" in refused(train, replace(recipe, drafter={**recipe.drafter, "slots": 5}))
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
@@ -236,7 +212,7 @@ def test_damaged_state(name: str, recipe: TrainConfig) -> None:
     folder = train(recipe)
     state = folder.with_name("drafter.state") / name
     state.write_bytes(state.read_bytes()[:-20])
-    assert "damaged" in refused(recipe)
+    assert "damaged" in refused(train, recipe)
 
 
 def test_state_without_its_step(recipe: TrainConfig) -> None:
@@ -245,7 +221,7 @@ def test_state_without_its_step(recipe: TrainConfig) -> None:
     meta = json.loads((state / "state.json").read_text())
     del meta["step"]
     (state / "state.json").write_text(json.dumps(meta))
-    assert "damaged" in refused(recipe)
+    assert "damaged" in refused(train, recipe)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +236,7 @@ def test_state_without_its_step(recipe: TrainConfig) -> None:
     ],
 )
 def test_impossible_recipes(change: dict[str, Any], match: str, recipe: TrainConfig) -> None:
-    assert match in refused(replace(recipe, **change))
+    assert match in refused(train, replace(recipe, **change))
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -1.0])
@@ -280,7 +256,7 @@ def test_impossible_rates(rate: float, recipe: TrainConfig) -> None:
 def test_foreign_data(row: dict[str, Any], match: str, recipe: TrainConfig, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "foreign.jsonl"
     path.write_text(data.read_text().splitlines()[0] + "\n" + json.dumps(row) + "\n")
-    assert match in refused(replace(recipe, data=[str(path)]))
+    assert match in refused(train, replace(recipe, data=[str(path)]))
 
 
 def test_sequences_longer_than_the_context_are_cut(recipe: TrainConfig, target: Target, tmp_path: Path) -> None:
