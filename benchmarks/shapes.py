@@ -151,7 +151,7 @@ def steps(target: Target, drafter: CTCDrafter, lengths: list[int], options: argp
     return statistics.median(seconds["plain"]), statistics.median(seconds["drafted"])
 
 
-def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> tuple[dict[int, float], int]:
+def scoring(target: Target, options: argparse.Namespace) -> tuple[dict[int, float], int]:
     """Median seconds of scoring root + m nodes behind the context, for each m; and the bytes of its keys and values."""
     target.capture(())
     cache = target.new_cache(options.context + max(NODES) + 1)
@@ -167,7 +167,7 @@ def scoring(target: Target, options: argparse.Namespace, times: int = 9) -> tupl
 
         for _ in range(WARM_UP):
             run()
-        out[m] = statistics.median(timed(run, target.device)[1] for _ in range(times))
+        out[m] = statistics.median(timed(run, target.device)[1] for _ in range(9))
     return out, options.context * target.position_bytes
 
 

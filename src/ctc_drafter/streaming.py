@@ -12,12 +12,11 @@ class TextStream:
     """Incremental detokenisation: each `push` returns the text that the new tokens completed.
 
     A small window of earlier tokens is decoded again each time, since a token's text can depend on its left
-    neighbours (leading spaces, bytes of one character spread over tokens).
+    neighbours (leading spaces, bytes of one character spread over tokens). Special tokens have no text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
         self._ids: list[int] = []
         self._start = 0  # of the window
         self._read = 0  # tokens whose text is out
@@ -38,6 +37,6 @@ class TextStream:
         return after[len(before) :]
 
     def _decode(self, start: int, stop: int) -> str:
-        text = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=self._skip)
+        text = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
         assert isinstance(text, str)
         return text

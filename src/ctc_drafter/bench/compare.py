@@ -109,10 +109,6 @@ class Comparison:
     mixed: list[str] = field(default_factory=list)
     """Differences that were let through, in words."""
 
-    @property
-    def first(self) -> dict[str, Any]:
-        return self.entries[0].content
-
     def methods(self) -> dict[str, list[Entry]]:
         """Entries by method, the fastest method first, each method's budgets in ascending order."""
         names = dict.fromkeys(entry.method for entry in self.entries)

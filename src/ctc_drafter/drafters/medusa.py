@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..target import Target
 from .base import register
 from .parallel import ParallelConfig, ParallelDrafter
 
@@ -30,6 +29,3 @@ class MedusaDrafter(ParallelDrafter):
 
     config_class = MedusaConfig
     config: MedusaConfig
-
-    def __init__(self, config: MedusaConfig, target: Target) -> None:
-        super().__init__(config, target)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+EPS = 1e-6
+
 
 class RMSNorm(nn.RMSNorm):
     """Its weight is rounded to what it norms: where the two differ, under autocast, torch warns and is slower."""
@@ -16,15 +18,15 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def unit_norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(sum(x^2) + width * eps) over the last axis: RMS norm but for its weight and the factor sqrt(width).
+def unit_norm(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(sum(x^2) + width * EPS) over the last axis: RMS norm but for its weight and the factor sqrt(width).
 
     On a CPU F.rms_norm is made of six operations, which for a few rows cost their dispatch; these are three.
     """
     if torch.compiler.is_compiling():  # one kernel, whatever it is made of, and no constant to keep
-        return (x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + x.shape[-1] * eps)).to(x.dtype)
+        return (x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + x.shape[-1] * EPS)).to(x.dtype)
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.hypot(norms, _constant((x.shape[-1] * eps) ** 0.5, x.dtype, x.device))
+    return x / torch.hypot(norms, _constant((x.shape[-1] * EPS) ** 0.5, x.dtype, x.device))
 
 
 def fold_norm(weight: torch.Tensor, norm_weight: torch.Tensor) -> torch.Tensor:

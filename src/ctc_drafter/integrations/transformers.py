@@ -76,7 +76,7 @@ class CustomGenerate:
         prompts = prompts_of(input_ids, model_kwargs)
         padding = [input_ids.shape[1] - len(ids) for ids in prompts]
         sampling = sampling_of(logits_processor, bool(generation_config.do_sample), padding)
-        stops, limit, criteria = _endings(stopping_criteria, generation_config, len(prompts))
+        stops, limit, criteria = _endings(stopping_criteria, len(prompts))
         if token_streamer is not None and len(prompts) > 1:
             raise UserError("A streamer can follow one sequence only; give one prompt, or no streamer.")
         if self._guest is None or not self._guest.serves(model):
@@ -194,7 +194,7 @@ def _state_of(model: Any) -> int:
 # ---------------------------------------------------------------- one call
 
 
-def _endings(criteria: Any, config: Any, rows: int) -> tuple[frozenset[int], int | None, StoppingCriteriaList]:
+def _endings(criteria: Any, rows: int) -> tuple[frozenset[int], int | None, StoppingCriteriaList]:
     """The stop ids, the longest sequence, and the criteria that are left to be asked after every token."""
     stops: set[int] = set()
     lengths: list[int] = []

@@ -59,13 +59,6 @@ class Lattice:
         if shapes != [(batch, size + 1), (batch, size + 2)]:
             raise ValueError(f"keys and values of {shapes} rows do not fit a pool of {size} tokens")
 
-    def log_probs(self) -> Tensor:
-        """(B, U, N, C) log p_i(class | last emitted token u); U is 1 without context, else M + 1."""
-        logits = self.logits.unsqueeze(1)
-        if self.keys is not None and self.values is not None:
-            logits = logits + (self.keys @ self.values.transpose(1, 2)).unsqueeze(2)
-        return logits.log_softmax(-1)
-
 
 def pool_tokens(slot_logits: Tensor, size: int) -> Tensor:
     """The ``size`` real tokens with the largest max_i log p_i(v): (B, N, V+1), blank last -> (B, size) distinct ids.

@@ -173,7 +173,7 @@ class Scheduler:
         see `Batch`, which context, memory_limit and prefix_cache go to; worker: who loaded the model, and who is closed
         with the scheduler (None: one of its own).
         """
-        self.target, self.budget = target, budget
+        self.target = target
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
         self._batch = Batch(
             target,

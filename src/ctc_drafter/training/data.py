@@ -100,9 +100,9 @@ def _questions(messages: list[dict[str, str]]) -> list[str]:
     return [m["content"] for m in messages if m["role"] == "user"] or [m["content"] for m in messages]
 
 
-def _ngrams(text: str, n: int = OVERLAP) -> set[int]:
+def _ngrams(text: str) -> set[int]:
     words = text.lower().split()
-    return {hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)}
+    return {hash(tuple(words[i : i + OVERLAP])) for i in range(len(words) - OVERLAP + 1)}
 
 
 def text_key(text: str) -> int:

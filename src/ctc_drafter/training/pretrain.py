@@ -52,6 +52,8 @@ from .tokenizer import train_tokenizer
 from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
+HELD_BLOCKS = 48
+"""Of those that are not trained on, over which a loss is taken."""
 LONGEST_QUESTION = 256
 """Tokens of a prompt that is answered to learn against loops."""
 
@@ -385,9 +387,9 @@ def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Ten
 
 
 @torch.no_grad()
-def _held_out_loss(model: Any, held: torch.Tensor, config: PretrainConfig, limit: int = 48) -> float:
+def _held_out_loss(model: Any, held: torch.Tensor, config: PretrainConfig) -> float:
     losses = [
         block_loss(model, model.model, held[i : i + config.batch], partial(chunk_step, z_loss=0.0)).item()
-        for i in range(0, min(limit, len(held)), config.batch)
+        for i in range(0, min(HELD_BLOCKS, len(held)), config.batch)
     ]
     return sum(losses) / len(losses)
