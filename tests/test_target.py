@@ -6,17 +6,18 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from conftest import build_target
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
-from ctc_drafter.target import LAST, Target
+from ctc_drafter.target import LAST, Target, stop_ids
 from ctc_drafter.target.selftest import self_test
 from ctc_drafter.tree import DraftTree
 from helpers import CAPABLE, CONTEXT, INCAPABLE, Scripted, chain, equal_siblings, plain, random_tree, run, save_model
@@ -221,6 +222,31 @@ def test_stop_tokens_that_only_the_generation_config_names(target_folder: Path, 
     refuse(folder, "generation_config.json' is not valid JSON")
     path.unlink()
     assert not {7, 9} & Target.load(folder, dtype="float32", device="cpu").stop_ids
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, [1, "b"], [[1]], [None], 1.5, True])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_stop_tokens_that_are_none(name: str, value: Any, target_folder: Path, tmp_path: Path) -> None:
+    """A string among the stop tokens would end no answer, and nobody would be told."""
+    folder = Path(shutil.copytree(target_folder, tmp_path / "t"))
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, "eos_token_id": value}))
+    refuse(folder, rf"{name}' has the eos_token_id .*, which must be a token id")
+    (folder / name).write_text(json.dumps({**content, "eos_token_id": [7, 9]}))
+    assert {7, 9} <= Target.load(folder, dtype="float32", device="cpu").stop_ids
+
+
+def test_stop_tokens_of_a_model_in_memory(target: Target) -> None:
+    """It has no folder that could be looked into first, and a model of a hub has none either."""
+    config = LlamaConfig(eos_token_id=3)
+    generation = GenerationConfig(eos_token_id=[4, 5])
+    model = SimpleNamespace(config=config, generation_config=generation)
+    assert stop_ids(model, target.tokenizer) == {3, 4, 5, target.tokenizer.eos_token_id}
+    assert stop_ids(SimpleNamespace(config=config), None) == {3}
+    generation.eos_token_id = [4, "five"]  # type: ignore[list-item]
+    config.name_or_path = "org/model"
+    with pytest.raises(UserError, match=r"generation_config.json of 'org/model' has the eos_token_id \[4, 'five'\]"):
+        stop_ids(model, target.tokenizer)
 
 
 def test_unknown_family(target_folder: Path, tmp_path: Path) -> None:

@@ -131,3 +131,9 @@ def test_row_without_a_question(recipe: DistillConfig) -> None:
 
 def test_target_without_chat_template(recipe: DistillConfig, tmp_path: Path) -> None:
     assert "chat template" in refused(distill, replace(recipe, target=str(build_target(tmp_path / "raw", chat=False))))
+
+
+@pytest.mark.parametrize("change", [{"concurrency": 0}, {"request_timeout": 0.0}, {"api_base": None, "api_chat": True}])
+def test_impossible_recipes(change: dict[str, Any], recipe: DistillConfig) -> None:
+    with pytest.raises(ValueError):
+        replace(recipe, **change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -322,14 +323,11 @@ def test_not_an_api_at_all(recipe: DistillConfig, server: FakeServer) -> None:
     assert "lists no models; is this an OpenAI-compatible server?" in refused(distill, recipe)
 
 
-def test_a_target_without_a_tokenizer(recipe: DistillConfig, tmp_path: Path) -> None:
+def test_a_target_that_is_not_whole(recipe: DistillConfig, tmp_path: Path) -> None:
     assert "cannot be loaded" in refused(distill, replace(recipe, target=str(tmp_path / "nowhere")))
-
-
-@pytest.mark.parametrize("change", [{"concurrency": 0}, {"request_timeout": 0.0}, {"api_base": None, "api_chat": True}])
-def test_impossible_recipes(change: dict[str, Any], recipe: DistillConfig) -> None:
-    with pytest.raises(ValueError):
-        replace(recipe, **change)
+    folder = Path(shutil.copytree(str(recipe.target), tmp_path / "damaged"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, ')  # or its stop tokens would be lost
+    assert "generation_config.json' is not valid JSON" in refused(distill, replace(recipe, target=str(folder)))
 
 
 # ---------------------------------------------------------------- resuming and the command

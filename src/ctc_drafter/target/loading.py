@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from ..errors import UserError
 from ..files import WEIGHTS
 from ..jsonl import read_object
 
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", f"{WEIGHTS}.index.json")
+GENERATION = "generation_config.json"
+OPTIONAL = (GENERATION, "tokenizer_config.json", f"{WEIGHTS}.index.json")
 """Files of a model's folder that may be absent."""
 
 
@@ -51,8 +53,25 @@ def check_folder(path: Path) -> None:
     transformers takes a damaged generation_config.json for an absent one, and the stop tokens that it names are lost.
     """
     missing = f"Folder '{path}' has no config.json, so it is not a Hugging Face model."
-    if "speculators_config" in read_object(path / "config.json", missing):
+    config = read_object(path / "config.json", missing)
+    if "speculators_config" in config:
         raise UserError(f"'{path}' is a drafter, not a target; pass it with --drafter.")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            stop_tokens(part.get("eos_token_id"), f"'{path / 'config.json'}'")
     for name in OPTIONAL:
         if (path / name).exists():
-            read_object(path / name, then="; restore it")
+            content = read_object(path / name, then="; restore it")
+            if name == GENERATION:
+                stop_tokens(content.get("eos_token_id"), f"'{path / name}'")
+
+
+def stop_tokens(value: Any, where: str) -> list[int]:
+    """The ids that an `eos_token_id` names. Raises UserError, with `where` it stands, if that is no id, ids or None."""
+    ids = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise UserError(
+            f"{where} has the eos_token_id {repr(value)[:80]}, which must be a token id, a list of them or null; "
+            "correct it, as answers end there."
+        )
+    return [int(i) for i in ids]

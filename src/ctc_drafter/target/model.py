@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..tree import DraftTree
 from .attention import NAME as GROUPED_ATTENTION
 from .compiled import CompiledPass, compiled_pass
-from .loading import check_folder, resolve_device, resolve_dtype, target_name
+from .loading import GENERATION, check_folder, resolve_device, resolve_dtype, stop_tokens, target_name
 from .masks import ragged_mask, row_mask, windows
 from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
 from .prefixes import Prefix
@@ -346,15 +346,18 @@ class Target:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: those of the tokenizer, the model's config and its generation config together."""
-    ids: set[int] = set()
-    sources = [getattr(tokenizer, "eos_token_id", None), model.config.get_text_config().eos_token_id]
-    if getattr(model, "generation_config", None) is not None:
-        sources.append(model.generation_config.eos_token_id)
-    for value in sources:
-        if value is not None:
-            ids.update(value if isinstance(value, (list, tuple)) else [value])
-    return frozenset(ids)
+    """Tokens that end an answer: those of the tokenizer, the model's config and its generation config together.
+
+    Raises UserError if one of the three names something else.
+    """
+    sources = {"The tokenizer": tokenizer, "config.json": model.config.get_text_config()}
+    sources[GENERATION] = getattr(model, "generation_config", None)
+    name = getattr(model.config, "name_or_path", None) or type(model).__name__
+    return frozenset(
+        token
+        for what, source in sources.items()
+        for token in stop_tokens(getattr(source, "eos_token_id", None), f"{what} of '{name}'")
+    )
 
 
 def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from ..environment import key_in
 from ..errors import UserError
 from ..target import EMBEDDED, stop_ids
-from ..target.loading import target_name
+from ..target.loading import check_folder, target_name
 from .client import Refused, Server, Stopped
 from .data import Prompt
 
@@ -70,6 +71,8 @@ class RemoteTarget:
         self.config = config
         path = EMBEDDED / "target" if config.target is None else config.target
         options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        if Path(path).is_dir():
+            check_folder(Path(path))
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
             whole = AutoConfig.from_pretrained(path, **options)
