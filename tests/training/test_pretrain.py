@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -235,6 +236,44 @@ def test_a_damaged_card_of_the_first_target_is_found_before_training(
     monkeypatch.setattr(module, "_optimize", None)
     with pytest.raises(UserError, match=r"pretrain.json' is not valid JSON"):
         pretrain(replace(recipe, output=str(tmp_path / "later"), init=str(first)))
+
+
+@pytest.fixture(scope="module")
+def first(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target to go on from."""
+    return Path(shutil.copytree(target_folder, tmp_path_factory.mktemp("first") / "target"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version": "1.0", '),
+        ("tokenizer_config.json", None),  # it names the tokens that begin and end a text
+        ("tokenizer_config.json", "{"),
+        ("config.json", None),
+        ("config.json", '{"model_type": "gpt2"}'),
+        ("model.safetensors", None),
+        ("model.safetensors", "cut"),
+    ],
+)
+def test_a_first_target_that_is_not_whole(
+    name: str, content: str | None, recipe: PretrainConfig, first: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(first, tmp_path / "damaged"))
+    (damaged / name).unlink()
+    if content is not None:
+        (damaged / name).write_text(content)
+    assert str(damaged) in refused(pretrain, replace(recipe, init=str(damaged)))
+    assert not Path(recipe.output).exists()
+
+
+def test_a_damaged_tokenizer_of_an_earlier_run(recipe: PretrainConfig) -> None:
+    pretrain(replace(recipe, steps=1))
+    path = Path(recipe.output + ".work", "tokenizer", "tokenizer.json")
+    path.write_bytes(path.read_bytes()[:99])
+    assert "remove that folder, and a rerun makes it anew" in refused(pretrain, recipe)
 
 
 def test_fewer_steps_than_were_done(recipe: PretrainConfig) -> None:

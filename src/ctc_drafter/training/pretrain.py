@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..chat import prompt_ids
 from ..drafters.base import IGNORE
@@ -29,16 +29,8 @@ from ..jsonl import read_jsonl, read_object
 from ..target.loading import resolve_device
 from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
 from .cross_entropy import block_loss, chunk_step
-from .data import (
-    Exclusion,
-    chat_ids,
-    copies,
-    example_key,
-    messages_of,
-    prompt_messages,
-    row_text,
-    text_key,
-)
+from .data import Exclusion, chat_ids, copies, example_key, messages_of, prompt_messages, row_text, text_key
+from .first import check_first, load_model
 from .lock import locked
 from .optim import (
     fp32_masters,
@@ -48,7 +40,7 @@ from .optim import (
     masters_to_model,
     set_learning_rates,
 )
-from .tokenizer import train_tokenizer
+from .tokenizer import load_tokenizer, train_tokenizer
 from .unlikelihood import unlikelihood
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
@@ -179,6 +171,7 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
     folder = work / "tokenizer"
     if config.init is not None:
         folder = Path(config.init)
+        check_first(folder)
     elif not folder.exists():
         task = progress.add_task("tokenizer", total=None)
 
@@ -190,7 +183,8 @@ def _tokenizer(config: PretrainConfig, work: Path, progress: Progress) -> Any:
         fresh = train_tokenizer(texts(), config.vocab_size, config.context)
         write_folder(folder, lambda f: fresh.save_pretrained(f))
         progress.remove_task(task)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    then = "remove that folder, and a rerun makes it anew" if config.init is None else "restore its files"
+    return load_tokenizer(folder, then)
 
 
 def _encode(config: PretrainConfig, tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -263,7 +257,7 @@ def _pack(pairs: list[Any], block: int, seed: int) -> torch.Tensor:
 
 def _new_model(config: PretrainConfig, tokenizer: Any) -> Any:
     if config.init is not None:
-        return LlamaForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+        return load_model(Path(config.init))
     torch.manual_seed(config.seed)
     return LlamaForCausalLM(
         LlamaConfig(

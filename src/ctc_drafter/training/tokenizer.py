@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from ..errors import UserError
 
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -48,3 +51,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def load_tokenizer(folder: Path, then: str) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder. Raises UserError, which ends with `then`, if it cannot be read or is no such one."""
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"The tokenizer in '{folder}' cannot be loaded ({reason}); {then}.") from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer in '{folder}' does not name what begins a text and what ends it; {then}.")
+    return tokenizer
