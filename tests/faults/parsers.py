@@ -28,10 +28,10 @@ from ctc_drafter.target.loading import check_folder
 from ctc_drafter.training.checkpoint import check_recipe, load_training_state
 from ctc_drafter.training.config import FREE, TrainConfig, recipe_defaults
 from ctc_drafter.training.data import Exclusion, prompt_messages
-from ctc_drafter.training.distill import DistillConfig, _finished
-from ctc_drafter.training.features import DECIDING, _read_index
+from ctc_drafter.training.distill import DistillConfig, finished
+from ctc_drafter.training.features import DECIDING, read_index
 from ctc_drafter.training.lock import locked
-from ctc_drafter.training.pretrain import PretrainConfig, _read_blocks
+from ctc_drafter.training.pretrain import PretrainConfig, read_blocks
 
 from .ledger import one_sentence
 
@@ -156,15 +156,15 @@ READERS: dict[str, Reader] = {
     "xz-compressed prompt file": _of(_prompts, "p.jsonl.xz", ROWS),
     "file of chats": _of(_chats, "c.jsonl", ROWS),
     "file of excluded prompts": _of(lambda path: Exclusion([path]), "e.jsonl", ROWS),
-    "distilled data set to go on with": _of(_finished, "d.jsonl", DISTILLED),
+    "distilled data set to go on with": _of(finished, "d.jsonl", DISTILLED),
     "recipe of train": _recipe("train"),
     "recipe of distill": _recipe("distill"),
     "recipe of pretrain": _recipe("pretrain"),
     "recipe that a run began with": _of(_begun, "begun.json", dataclasses.asdict(RECIPES["train"])),
     "state of a training": _of(_state, "state.json", {"step": 3, "history": HISTORY}),
     "lock": _of(_lock, "x.lock", OWNER),
-    "index of features": _of(lambda path: _read_index(path.parent), "index.json", FEATURES),
-    "blocks of pretraining": Reader(lambda path: _read_blocks(path, 3), "blocks.safetensors", BLOCKS),
+    "index of features": _of(lambda path: read_index(path.parent), "index.json", FEATURES),
+    "blocks of pretraining": Reader(lambda path: read_blocks(path, 3), "blocks.safetensors", BLOCKS),
     "config of a drafter": _of(lambda path: read_config(path.parent), "drafter/config.json", DRAFTER),
     "training in a drafter's config": _of(lambda path: read_drafter_folder(path.parent), "told/config.json", DRAFTER),
     "folder to inspect": _of(

@@ -86,7 +86,7 @@ def distill(config: DistillConfig) -> Path:
     output = Path(config.output)
     recipe = asdict(config)
     with locked(output.with_name(output.name + ".lock")):
-        done = _finished(output)
+        done = finished(output)
         kept = output.with_name(output.name + ".recipe.json")
         if not done:
             kept.unlink(missing_ok=True)
@@ -171,8 +171,8 @@ def _append(output: Path, lines: bytes) -> None:
         ) from None
 
 
-def _finished(output: Path) -> set[str]:
-    """Ids already in the file; a last line cut by a kill is removed."""
+def finished(output: Path) -> set[str]:
+    """Ids already in the file; a last line cut by a kill is removed. Raises UserError for a file of another kind."""
     if not output.exists():
         return set()
     content = output.read_bytes()

@@ -132,7 +132,7 @@ def _same_index(folder: Path, index: dict[str, Any]) -> bool:
     """Whether `folder` holds these very features (perhaps not all); raises UserError if it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    old = _read_index(folder)
+    old = read_index(folder)
     changed = [key for key in DECIDING if old[key] != index[key]]
     changed += [] if old["probe"] == index["probe"] else ["target"]
     changed = changed or (["shards"] if old["shards"] != index["shards"] else [])
@@ -257,7 +257,7 @@ class CachedFeatures:
 
     def __init__(self, config: TrainConfig, target: Target, layers: tuple[int, ...], console: Console) -> None:
         self.folder = Path(config.features or "")
-        index = _read_index(self.folder)
+        index = read_index(self.folder)
         _check(self.folder, index, config, target, layers)
         places, width = [index["layers"].index(layer) for layer in layers], target.hidden_size
         self._columns = [slice(p * width, (p + 1) * width) for p in places]
@@ -343,7 +343,8 @@ def open_features(
     return cached
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the index of a folder of features says. Raises UserError if it is absent or damaged."""
     then = "; run cache-features into another folder"
     index = read_object(folder / INDEX, f"'{folder}' has no {INDEX}, so it does not come from cache-features.", then)
     if {*DECIDING, "probe", "shards"} <= index.keys():

@@ -227,12 +227,12 @@ def _blocks(
         )
         packed = {name: _pack(stream, config.block, config.seed) for name, stream in streams.items()}
         write_file(path, partial(save_file, packed))
-    blocks = _read_blocks(path, config.block)
+    blocks = read_blocks(path, config.block)
     progress.console.print(f"{len(blocks[0]):,} training blocks of {config.block} tokens")
     return blocks
 
 
-def _read_blocks(path: Path, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_blocks(path: Path, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_blocks` has written. Raises UserError if it is damaged."""
     try:
         packed = load_file(path)
