@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ctc_drafter.errors import UserError
-from ctc_drafter.files import write_folder, write_text
+from ctc_drafter.files import recover_folder, write_folder, write_text
 
 
 def full(*_: object, **__: object) -> None:
@@ -89,6 +90,57 @@ def test_leftovers_of_a_killed_write_do_not_matter(old: Path) -> None:
         (old.parent / name / "c").write_text("left")
     write_folder(old, lambda f: (f / "b").write_text("new"))
     assert content(old.parent) == {"out/b": "new"}
+
+
+def test_a_linked_folder_is_written_where_the_link_leads(old: Path) -> None:
+    """Every time, and what a write through the link once left in the place of the old folder goes."""
+    link = old.parent / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(old)
+    (old.parent / ".out.old").symlink_to(old)
+    for text in ("one", "two", "three"):
+        write_folder(link, lambda f, text=text: (f / "b").write_text(text))
+        assert link.is_symlink() and content(old.parent) == {"out/b": text}
+    assert sorted(p.name for p in old.parent.iterdir()) == ["elsewhere", "out"]
+
+
+def test_a_kill_between_the_renames_loses_nothing(old: Path) -> None:
+    """The next write puts the old folder back before it begins, so that its failure leaves that one."""
+    old.rename(old.with_name(".out.old"))
+    with pytest.raises(UserError, match="the earlier state is kept"):
+        write_folder(old, half)
+    assert content(old.parent) == {"out/a": "old"}
+    write_folder(old, lambda f: (f / "b").write_text("new"))
+    assert content(old.parent) == {"out/b": "new"}
+
+
+def test_only_a_whole_folder_is_put_back(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill amid the removal of the old folder leaves it under another name than the one that is put back."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(path: Path, **_: object) -> None:
+        if Path(path, "a").exists():
+            Path(path, "a").unlink()
+            raise Killed
+
+    (old / "c").write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("shutil.rmtree", kill)
+        write_folder(old, lambda f: (f / "b").write_text("new"))
+    shutil.rmtree(old)
+    assert not recover_folder(old) and content(old.parent) == {}
+
+
+def test_a_linked_file_is_written_where_the_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real" / "t")
+    for text in ("new", "newer"):
+        write_text(link, text)
+        assert link.is_symlink() and (tmp_path / "real" / "t").read_text() == text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_text_is_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,9 @@
-"""Writing files so that an interruption leaves either the old content or the new, never half of it."""
+"""Writing files so that an interruption leaves either the old content or the new, never half of it.
+
+What stands at a path that is a symbolic link is written where the link leads, and the link stays. A folder takes two
+renames: a kill between them leaves nothing at its path, and the old content beside it, which the next write, or
+`recover_folder`, puts back.
+"""
 
 from __future__ import annotations
 
@@ -24,24 +29,41 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 
     An error (a full disk, Ctrl-C) leaves the old `path` untouched and removes the half-written sibling.
     """
-    aside = path.with_name(f".{path.name}.writing")
-    old = path.with_name(f".{path.name}.old")
+    place, aside, old = _places(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        recover_folder(place)
         aside.mkdir()
         write(aside)
-        _swap(aside, path, old)
+        _swap(aside, place, old)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"'{path}' could not be written ({reason}); the earlier state is kept.") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
+
+
+def recover_folder(path: Path) -> bool:
+    """Whether there is a folder at `path`; puts back the one that a kill between two renames has left beside it.
+
+    What else a killed write has left there is removed.
+    """
+    place, aside, old = _places(path)
+    if not place.exists() and old.is_dir() and not old.is_symlink():
+        os.replace(old, place)
+    for left in (old, aside):
+        _remove(left)
+    return place.exists()
+
+
+def _places(path: Path) -> tuple[Path, Path, Path]:
+    """Where `path` leads, and beside that where the new content is made and where the old one waits."""
+    place = Path(os.path.realpath(path))
+    return place, place.with_name(f".{place.name}.writing"), place.with_name(f".{place.name}.old")
 
 
 def _swap(new: Path, path: Path, old: Path) -> None:
     """Put the folder `new` in the place of `path`; if that fails, put `path` back."""
-    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     try:
@@ -50,7 +72,18 @@ def _swap(new: Path, path: Path, old: Path) -> None:
         if old.exists():
             os.replace(old, path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        os.replace(old, new)  # half removed, it must not have the name under which it would be put back
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever has this name, if anything has and can be removed; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def file_digest(path: Path) -> str:
@@ -64,11 +97,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     An error leaves the old `path` untouched and no sibling.
     """
-    aside = path.with_name(f".{path.name}.writing")
+    place, aside, _ = _places(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
-        os.replace(aside, path)
+        os.replace(aside, place)
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"'{path}' could not be written ({reason}); the earlier files are kept.") from None

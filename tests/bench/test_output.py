@@ -71,6 +71,13 @@ def test_result_file_round_trip(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
 
+def test_a_folder_in_the_place_of_a_result_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "r.json").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"r.json' is a folder and a file is to be written; choose another name"):
+            check_output(tmp_path / "r.json", overwrite)
+
+
 def test_each_contender_gets_a_file_of_its_own() -> None:
     pairs = [("ctc", 8), ("some/folder", 16)]
     assert [p.name for p in output_files(Path("r.json"), pairs)] == ["r-ctc-8.json", "r-folder-16.json"]

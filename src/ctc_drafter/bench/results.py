@@ -36,14 +36,17 @@ def document(result: Result, target: dict[str, Any], arguments: dict[str, Any]) 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UserError, before any work, if `path` exists (unless `overwrite`) or cannot be written."""
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder and a file is to be written; choose another name.")
+    if path.exists() and not overwrite:
         raise UserError(f"'{path}' exists already and is left as it is; choose another name or pass --overwrite.")
+    folder = Path(os.path.realpath(path)).parent  # a link is written where it leads
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"Folder '{path.parent}' cannot be made ({error.strerror}); choose another place.") from None
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"Folder '{path.parent}' is not writable; choose another place.")
+        raise UserError(f"Folder '{folder}' cannot be made ({error.strerror}); choose another place.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Folder '{folder}' is not writable; choose another place.")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,19 +58,6 @@ def save_training_state(
         (folder / "state.json").write_text(json.dumps({**meta, "sha256": digest}, indent=1))
 
     write_folder(path, write)
-
-
-def recover_training_state(path: Path) -> bool:
-    """Whether there is a state at `path`; puts back the one before if a kill fell between the two renames of a save.
-
-    What else a killed save has left is removed, since there may be no other save to do so.
-    """
-    before, writing = (path.with_name(f".{path.name}.{kind}") for kind in ("old", "writing"))
-    if not path.exists() and before.is_dir():
-        os.replace(before, path)
-    for folder in (before, writing):
-        shutil.rmtree(folder, ignore_errors=True)
-    return path.exists()
 
 
 def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimizers: Optimizers) -> dict[str, Any]:

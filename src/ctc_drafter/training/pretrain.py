@@ -24,10 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..chat import prompt_ids
 from ..drafters.base import IGNORE
 from ..errors import UserError
-from ..files import write_file, write_folder
+from ..files import recover_folder, write_file, write_folder
 from ..jsonl import read_jsonl, read_object
 from ..target.loading import resolve_device
-from .checkpoint import check_recipe, load_training_state, recover_training_state, save_training_state
+from .checkpoint import check_recipe, load_training_state, save_training_state
 from .cross_entropy import block_loss, chunk_step
 from .data import Exclusion, chat_ids, copies, example_key, messages_of, prompt_messages, row_text, text_key
 from .first import check_first, load_model
@@ -294,7 +294,7 @@ def _optimize(
         body, per_chunk = torch.compile(body), torch.compile(per_chunk)
     optimizers = make_optimizers(masters, config.lr_matrix, config.lr_other, config.weight_decay)
     start, history, mean = 0, [], math.nan
-    if recover_training_state(work / "state"):
+    if recover_folder(work / "state"):
         meta = load_training_state(work / "state", masters, optimizers)
         start, history, mean = meta["step"], meta["history"], meta.get("mean", math.nan)
         if start > config.steps:

@@ -12,8 +12,9 @@ from rich.console import Console
 from ..drafters import drafter_folder
 from ..drafters.base import take_weights
 from ..errors import UserError
+from ..files import recover_folder
 from ..target import Target
-from .checkpoint import check_recipe, recover_training_state
+from .checkpoint import check_recipe
 from .config import FREE, TrainConfig, recipe_defaults
 from .drafter import check, new_drafter
 from .features import open_features
@@ -53,7 +54,7 @@ def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) ->
             print_plan(setup)
             training = Training(setup)
             if processes.first and not dry_run:
-                recover_training_state(training.state_path)
+                recover_folder(training.state_path)
                 recipe = output.with_name(output.name + ".recipe.json")
                 made = (output, training.state_path)
                 check_recipe(recipe, asdict(config), FREE, recipe_defaults(), belongs=made)
