@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ctc_drafter.bench.command import output_files
+from ctc_drafter.bench.command import _Watch, output_files
 from ctc_drafter.bench.demo import run_demo
 from ctc_drafter.bench.measure import Result
 from ctc_drafter.bench.prompts import Prompt
@@ -58,6 +58,19 @@ def test_report_says_what_flatters_and_what_differs() -> None:
     assert "No answer was finished" in text(empty)
 
 
+@pytest.mark.parametrize("name", ["[math]", "[/math]", "[", ":warning:", "a\\[b]"])
+def test_names_that_look_like_markup_stay_as_they_are(name: str) -> None:
+    rows = [{**ROW, "category": name}, {**ROW, "category": "b", "identical": False, "gap": 0.03, "looped": True}]
+    result, out = Result(name, 16, 10, rows), console()
+    print_report(out, [result])
+    assert text(out).count(name) >= 7  # in each table, of which one has it twice, and in each line
+    watch = _Watch([], 1)
+    watch.on_row(result, rows[0])
+    bar = console()
+    bar.print(watch._bar.get_renderable())
+    assert f"{name}, budget 16" in text(bar)
+
+
 def test_result_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
     check_output(path, overwrite=False)
@@ -91,10 +104,12 @@ def test_demo_shows_both_runs_and_their_identity(
     target: Target, drafter_folder: Path, tmp_path: Path, live: bool
 ) -> None:
     out = console(force_terminal=live)
-    prompts = [Prompt("one", "a", ("How many apples?",)), Prompt("two", "a", ("Déjà vu?",))]
+    prompts = [Prompt("[/one]", "a", ("How many apples?",)), Prompt("two", "a", ("Déjà vu?",))]
     drafter = load_drafter(str(drafter_folder), target)
-    picture = tmp_path / "demo.svg"
+    (tmp_path / "[").mkdir()
+    picture = tmp_path / "[" / "red].svg"
     assert run_demo(target, drafter, prompts, out, max_new_tokens=24, budget=4, live=live, svg=picture)
+    assert "[/one]" in text(out) and "[/red].svg" in text(out)  # no markup
     assert "plain" in text(out) and "drafted" in text(out) and "2 of 2" in text(out)
     assert "All 2 answers are identical" in text(out)
     assert picture.read_text().startswith("<svg")

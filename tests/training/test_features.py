@@ -55,6 +55,13 @@ def opened(recipe: TrainConfig, target: Target, *layers: int) -> CachedFeatures:
     return CachedFeatures(recipe, target, layers or (LAST,), Console(quiet=True))
 
 
+def test_a_folder_that_looks_like_markup_is_said_as_it_is(
+    recipe: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = cache_features(recipe, tmp_path / "[" / "bold]")
+    assert str(made) in capsys.readouterr().err.replace("\n", "")
+
+
 # ---------------------------------------------------------------- the same as online
 
 

@@ -258,11 +258,11 @@ def test_a_prompt_that_always_fails_is_left_out(
 
     def plan(number: int, body: dict[str, Any]) -> Any:
         victims.extend([body["prompt"]] * (number == 5))
-        return (400, {"message": "Too long."}) if body["prompt"] in victims else None
+        return (400, {"message": "[math] [/INST]."}) if body["prompt"] in victims else None
 
     server.plan = plan
     assert len(rows_of(distill(recipe))) == 19
-    assert "1 prompts were left out; of the last the server said: Too long." in capsys.readouterr().out
+    assert "1 prompts were left out; of the last the server said: [math] [/INST]." in capsys.readouterr().out
 
 
 def test_nobody_listens(recipe: DistillConfig) -> None:

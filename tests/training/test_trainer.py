@@ -174,6 +174,14 @@ def test_dry_run_writes_nothing(recipe: TrainConfig, capsys: pytest.CaptureFixtu
     assert list(Path(recipe.output).parent.iterdir()) == []
 
 
+def test_a_path_that_looks_like_markup_is_said_as_it_is(
+    recipe: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "[bold]:warning:" / "[" / "red]" / "out"
+    train(replace(recipe, output=str(place)), dry_run=True)
+    assert str(place) in capsys.readouterr().err.replace("\n", "")
+
+
 @pytest.mark.parametrize("store", ["auto", "float8_e4m3fn"])
 def test_estimate_is_what_the_run_does(store: str, recipe: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes on disk, sequences, passes of the target; and a time that is positive."""

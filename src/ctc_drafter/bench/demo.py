@@ -102,7 +102,7 @@ def run_demo(
     console.print(closing)
     if svg is not None:
         _save_svg([*picture, summary, closing], svg)
-        console.print(f"Picture of the last screen: {svg}", soft_wrap=True)
+        console.print(Text(f"Picture of the last screen: {svg}"), soft_wrap=True)
     return all(row["identical"] for row in rows)
 
 
@@ -190,10 +190,10 @@ def _summary(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _summary_line(name: str, rows: Sequence[Row]) -> list[str]:
+def _summary_line(name: str, rows: Sequence[Row]) -> list[str | Text]:
     t = totals(rows)
     rates = (number(t[key], 0) for key in ("plain_tokens_per_second", "tokens_per_second"))
-    return [name, str(t["tokens"]), *rates, number(t["speedup"]), number(t["tau"])]
+    return [Text(name), str(t["tokens"]), *rates, number(t["speedup"]), number(t["tau"])]
 
 
 def _closing(rows: Sequence[Row]) -> Text:

@@ -1,4 +1,7 @@
-"""Results as tables for the terminal."""
+"""Results as tables for the terminal.
+
+Names of drafters and categories are the user's own, so all text is given to rich as such: it is no markup.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..decoding import PHASES
 from ..words import number, percent, size
@@ -20,11 +24,11 @@ def report_console() -> Console:
     return console if console.is_terminal else Console(width=110)
 
 
-def share(part: int | None, whole: int) -> str:
+def share(part: int | None, whole: int) -> Text:
     """`n of m`, green when all; a dash for sampled answers, which cannot be compared token by token."""
     if part is None:
-        return "-"
-    return f"[{'green' if part == whole else 'red'}]{part} of {whole}[/]"
+        return Text("-")
+    return Text(f"{part} of {whole}", "green" if part == whole else "red")
 
 
 def print_report(console: Console, results: Sequence[Result]) -> None:
@@ -42,20 +46,22 @@ def print_report(console: Console, results: Sequence[Result]) -> None:
     for result in results:
         label, totals = _label(result), result.totals
         if line := calibration_line(result):
-            console.print(line)
+            console.print(Text(line))
         if totals["identical"] is not None and totals["identical"] < totals["answers"]:
-            console.print(
-                f"{label}: {totals['answers'] - totals['identical']} answers differ from plain decoding; the largest "
-                f"gap between the two tokens at a first difference is {number(totals['largest_gap'], 4)} nat."
+            differing = totals["answers"] - totals["identical"]
+            gap = number(totals["largest_gap"], 4)
+            line = (
+                f"{label}: {differing} answers differ from plain decoding; the largest gap between the two tokens at a "
+                f"first difference is {gap} nat."
             )
+            console.print(Text(line))
         if totals["looped"]:
-            console.print(
-                f"{label}: {totals['looped']} of {totals['answers']} answers end in a loop, which flatters tau."
-            )
+            line = f"{label}: {totals['looped']} of {totals['answers']} answers end in a loop, which flatters tau."
+            console.print(Text(line))
     if results[0].skipped:
         console.print(f"{len(results[0].skipped)} prompts did not fit the context and were left out.")
     if not results[0].complete:
-        console.print("[yellow]Interrupted: the numbers cover the answers finished so far.[/]")
+        console.print(Text("Interrupted: the numbers cover the answers finished so far.", "yellow"))
 
 
 def totals_table(results: Sequence[Result]) -> Table:
@@ -64,7 +70,7 @@ def totals_table(results: Sequence[Result]) -> Table:
     table = _table("drafter", *columns, "draft share")
     for result in results:
         first = [result.name, str(result.budget), size(result.parameters)]
-        table.add_row(*_line(first, result.totals), percent(result.totals["split"]["draft"]))
+        _add(table, *_line(first, result.totals), percent(result.totals["split"]["draft"]))
     return table
 
 
@@ -74,7 +80,7 @@ def category_table(result: Result) -> Table:
         _label(result), "answers", "tau", "tokens/s", "plain", "speedup", "efficiency", "identical", "looped"
     )
     for name, totals in result.totals["categories"].items():
-        table.add_row(*_line([name, str(totals["answers"])], totals))
+        _add(table, *_line([name, str(totals["answers"])], totals))
     return table
 
 
@@ -85,7 +91,7 @@ def acceptance_table(results: Sequence[Result]) -> Table:
     table = _table("acceptance at", *(str(k) for k in range(1, shown + 1)))
     for result in results:
         rates = result.totals["acceptance_at"][:shown]
-        table.add_row(_label(result), *(percent(rate, 1) for rate in rates), *["-"] * (shown - len(rates)))
+        _add(table, _label(result), *(percent(rate, 1) for rate in rates), *["-"] * (shown - len(rates)))
     return table
 
 
@@ -106,11 +112,11 @@ def split_table(results: Sequence[Result]) -> Table:
     for result in results:
         split = result.totals["split"]
         shares = (percent(split[part], 1) for part in PHASES)
-        table.add_row(_label(result), *shares, number(split["microseconds"]["step"], 0))
+        _add(table, _label(result), *shares, number(split["microseconds"]["step"], 0))
     return table
 
 
-def _line(first: list[str], totals: dict[str, Any]) -> list[str]:
+def _line(first: list[str], totals: dict[str, Any]) -> list[str | Text]:
     return [
         *first,
         number(totals["tau"]),
@@ -130,5 +136,9 @@ def _label(result: Result) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(Text(column), justify="left" if i == 0 else "right")
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))

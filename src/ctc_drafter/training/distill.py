@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..chat import prompt_ids
@@ -103,7 +104,8 @@ def _distill(config: DistillConfig, output: Path, done: set[str]) -> Path:
         TextColumn("{task.fields[tokens]} tokens, {task.fields[rate]} tokens/s"),
     )
     target = RemoteTarget(config) if config.api_base is not None else _local_target(config)
-    with Progress(*columns) as progress:
+    console = Console(markup=False, emoji=False)  # what a server says is no markup
+    with Progress(*columns, console=console) as progress:
         prompts = _prompts(config, target.tokenizer, target.max_context, progress)
         if not prompts and not done:
             raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")

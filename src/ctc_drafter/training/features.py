@@ -48,7 +48,7 @@ def cache_features(config: TrainConfig, output: str | Path, *, yes: bool = False
     half of the free disk space and `yes` is not given.
     """
     check(config)
-    folder, console = Path(output), Console(stderr=True)
+    folder, console = Path(output), Console(stderr=True, markup=False, emoji=False)  # paths are no markup
     target = Target.load(
         config.target, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
     )

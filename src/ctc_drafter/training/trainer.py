@@ -39,7 +39,8 @@ def train(config: TrainConfig, *, dry_run: bool = False, wandb: bool = False) ->
         import_wandb()
     output = Path(config.output)
     processes = Processes(config.device)
-    console = Console(stderr=True, quiet=not processes.first)
+    # Paths and names are printed as they are: they are no markup, and hold no emoji.
+    console = Console(stderr=True, quiet=not processes.first, markup=False, emoji=False)
     with ExitStack() as at_end:
         at_end.callback(processes.close)
         with processes.together():
