@@ -171,6 +171,13 @@ def test_the_embedded_model_is_served_drafted() -> None:
         assert process.wait(30) == 0
 
 
+def test_a_context_shorter_than_the_warm_up_is_served(target_folder: Path) -> None:
+    with served("--target", target_folder, "--drafter", "none", "--max-context", 8) as (_, base):
+        body = {"model": target_folder.name, "prompt": [5, 6, 7]}
+        reply = HTTP.post(f"{base}/v1/completions", json=body).json()
+        assert reply["usage"]["total_tokens"] <= 8
+
+
 # ---------------------------------------------------------------- what cannot start
 
 
@@ -193,6 +200,13 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
 def test_a_missing_key_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     assert "'NO_SUCH_KEY' holds no key" in refused("--api-key-env", "NO_SUCH_KEY")
+
+
+def test_a_context_without_room_for_an_answer_is_said(target_folder: Path, target: Target) -> None:
+    options = ("--port", 0, "--target", target_folder, "--dtype", "float32", "--drafter", "none", "--slots", 2)
+    few = (1 + 2 * 8 + 1) * 2 * target.position_bytes  # one position of each slot, beside its longest draft
+    for limit in (("--max-context", 1), ("--memory-limit", few)):
+        assert "Each of the 2 slots would hold 1 token" in refused(*options, *limit)
 
 
 def test_a_missing_extra_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

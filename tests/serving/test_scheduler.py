@@ -21,6 +21,7 @@ from ctc_drafter.cli.serving import load_scheduler
 from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.serving.scheduler import Busy, Draining, Failed, Job, Scheduler, Submission, TimedOut
+from ctc_drafter.serving.server import warm_up
 from ctc_drafter.serving.worker import Worker
 from ctc_drafter.target import Target
 from live import QUESTIONS, BrokenDrafter, PacedDrafter, chat_ids, tokens_of
@@ -56,6 +57,16 @@ def trial(test: Callable[[], Awaitable[None]]) -> None:
             await test()
 
     asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("context", [2, 3, 8, 9, 24])
+def test_every_context_that_holds_an_answer_is_warmed_up(target: Target, drafter: Drafter, context: int) -> None:
+    async def test() -> None:
+        await warm_up(made)
+        assert await collect(made.submit([Job([5], context - 1, Sampling(), (), drafter.name)]))
+
+    with scheduler(target, drafter.twin(), NoDrafter(), context=context) as made:
+        trial(test)
 
 
 def test_more_jobs_than_slots_all_get_their_own_answers(target: Target, drafter: Drafter) -> None:

@@ -17,6 +17,7 @@ from ..acceptance import Sampling
 from ..batch import Batch
 from ..decoding import Step
 from ..drafters import Drafter
+from ..errors import UserError
 from ..target import Target
 from .worker import Worker
 
@@ -171,7 +172,7 @@ class Scheduler:
 
         timeout: of a submission in seconds, waiting included; adaptive: draft only where that is found to be faster,
         see `Batch`, which context, memory_limit and prefix_cache go to; worker: who loaded the model, and who is closed
-        with the scheduler (None: one of its own).
+        with the scheduler (None: one of its own). Raises UserError if a row has no room for a prompt and an answer.
         """
         self.target = target
         widest = max(drafters.values(), key=lambda d: len(d.feature_layers))
@@ -187,6 +188,11 @@ class Scheduler:
         )
         self.context = self._batch.context
         """The most tokens of a prompt and its answer."""
+        if self.context < 2:
+            raise UserError(
+                f"Each of the {slots} slots would hold {self.context} token, and a prompt and its answer take 2 at "
+                "least; raise --max-context or the memory limit, or allow fewer slots."
+            )
         self.slots, self.queue, self.timeout = slots, queue, timeout
         self._drafters = dict(drafters)
         self._condition = threading.Condition()

@@ -81,9 +81,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def warm_up(scheduler: Scheduler) -> None:
     """Let every drafter draft once, so that the first request finds weights packed and threads started."""
-    ids = [i % scheduler.target.vocab_size for i in range(1, 9)]
+    ids = [i % scheduler.target.vocab_size for i in range(1, min(9, scheduler.context))]
     for name in scheduler.drafters:
-        job = Job(ids, min(WARM_UP_TOKENS, scheduler.target.max_context - len(ids)), Sampling(), (), name)
+        job = Job(ids, min(WARM_UP_TOKENS, scheduler.context - len(ids)), Sampling(), (), name)
         with suppress(TimedOut):  # then it is merely slow
             async for _ in scheduler.submit([job]):
                 pass
