@@ -203,8 +203,16 @@ def test_a_seed_repeats_the_sample() -> None:
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("seed", 10**30),
     ],
 )
 def test_impossible_settings(field: str, bad: float) -> None:
     with pytest.raises(UserError, match=field):
         Sampling(**{field: bad})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**64 - 1])
+def test_every_seed_that_torch_takes_is_one(seed: int) -> None:
+    Chooser(Sampling(temperature=1.0, seed=seed), torch.device("cpu"))

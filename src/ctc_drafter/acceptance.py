@@ -20,6 +20,9 @@ from transformers import (
 from .errors import UserError
 from .tree import ROOT, DraftTree
 
+SEEDS = range(-(2**63), 2**64)
+"""What torch takes for a seed. It counts them modulo 2**64, and so does what is computed from one."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +49,8 @@ class Sampling:
             raise UserError(f"min_p must be in [0, 1], not {self.min_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty must be positive and finite, not {self.repetition_penalty}.")
+        if self.seed is not None and self.seed not in SEEDS:
+            raise UserError("seed must be at least -2**63 and below 2**64; choose a smaller one.")
 
     def processors(self) -> LogitsProcessorList:
         """The processors in the order in which `generate` of transformers applies them."""

@@ -84,6 +84,24 @@ def test_sampling_depends_on_the_seed(recipe: DistillConfig, tmp_path: Path) -> 
     assert answers(1, "a") == answers(1, "b") != answers(2, "c")
 
 
+@pytest.mark.parametrize("seed", [1_700_000_000_123_456_789, 2**64 - 1, -(2**63)])
+def test_every_seed_that_torch_takes_is_one(seed: int, recipe: DistillConfig) -> None:
+    assert len(rows_of(distill(replace(recipe, temperature=1.0, seed=seed, limit=4)))) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 2**64}, "seed must be at least"),
+        ({"mixture": {"a": -0.5}}, "shares of mixture must be finite and not negative"),
+        ({"mixture": {"a": float("nan")}}, "shares of mixture must be finite and not negative"),
+    ],
+)
+def test_impossible_recipes(change: dict[str, Any], match: str, recipe: DistillConfig) -> None:
+    with pytest.raises(ValueError, match=match):
+        replace(recipe, **change)
+
+
 def test_sampling_leaves_the_callers_random_state_usable(recipe: DistillConfig) -> None:
     distill(replace(recipe, limit=2))
     assert not torch.is_inference_mode_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -208,6 +209,29 @@ def test_chunked_loss_is_cross_entropy_with_z_loss() -> None:
         results.append((loss.detach(), h.grad, w.grad))
     for got, want in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"unlikelihood_batch": 0}, "unlikelihood_batch must be finite and at least 1"),
+        ({"unlikelihood_tokens": 0, "kv_heads": 0}, "kv_heads and unlikelihood_tokens must be finite and at least 1"),
+        ({"unlikelihood_steps": -1}, "unlikelihood_steps must be finite and at least 0"),
+        ({"unlikelihood_lr": math.nan, "lr_other": math.inf}, "lr_other and unlikelihood_lr must be finite"),
+        ({"heads": 3}, "hidden_size must be a multiple of heads"),
+        ({"mixture": {"chats": -0.5}}, "rates of mixture must be finite and not negative"),
+        ({"mixture": {"chats": math.nan}}, "rates of mixture must be finite and not negative"),
+        ({"seed": 2**64}, "seed must be"),
+    ],
+)
+def test_impossible_recipes(change: dict[str, Any], match: str, recipe: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match=match):
+        replace(recipe, **change)
+
+
+@pytest.mark.parametrize("seed", [1_700_000_000_123_456_789, 2**64 - 1, -(2**63)])
+def test_every_seed_that_torch_takes_is_one(seed: int, recipe: PretrainConfig) -> None:
+    assert pretrain(replace(recipe, seed=seed, steps=2)).is_dir()
 
 
 def test_corpus_that_is_too_small(recipe: PretrainConfig) -> None:

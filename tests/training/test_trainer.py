@@ -247,6 +247,14 @@ def test_impossible_recipes(change: dict[str, Any], match: str, recipe: TrainCon
     assert match in refused(train, replace(recipe, **change))
 
 
+@pytest.mark.parametrize("seed", [1_700_000_000_123_456_789, 2**64 - 1, -(2**63)])
+def test_every_seed_that_torch_takes_is_one(seed: int, recipe: TrainConfig) -> None:
+    assert train(replace(recipe, seed=seed, steps=2)).is_dir()
+    for beyond in (2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed must be at least"):
+            replace(recipe, seed=beyond)
+
+
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -1.0])
 def test_impossible_rates(rate: float, recipe: TrainConfig) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):

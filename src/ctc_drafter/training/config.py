@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..acceptance import SEEDS
+
 FREE = {
     *("output", "device", "features", "skip_bad_shards", "steps", "decay", "accumulate", "checkpoint_every"),
     *("trust_remote_code", "store", "shard"),
@@ -86,6 +88,8 @@ class TrainConfig:
             raise ValueError("held_out is a share, at least 0 and below 1")
         if not 0 <= self.ema < 1:
             raise ValueError("ema is a decay, at least 0 and below 1")
+        if self.seed not in SEEDS:
+            raise ValueError("seed must be at least -2**63 and below 2**64")
 
 
 def recipe_defaults() -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..acceptance import SEEDS
 from ..chat import prompt_ids
 from ..errors import UserError
 from ..jsonl import read_jsonl
@@ -69,6 +70,10 @@ class DistillConfig:
             raise ValueError("batch, max_new_tokens and max_prompt_tokens must be positive, limit not negative")
         if not 0 <= self.temperature < math.inf:
             raise ValueError("temperature must be finite and not negative")
+        if not all(0 <= rate < math.inf for rate in self.mixture.values()):
+            raise ValueError("the shares of mixture must be finite and not negative")
+        if self.seed not in SEEDS:
+            raise ValueError("seed must be at least -2**63 and below 2**64")
         if self.concurrency < 1 or not self.request_timeout > 0:
             raise ValueError("concurrency must be at least 1, request_timeout more than 0")
         if self.api_base is None and (self.api_key_env or self.api_model or self.api_chat):
@@ -147,7 +152,8 @@ def _local_answers(
             group = [p for p in window[i : i + config.batch] if p.key not in done]
             if not group:
                 continue
-            torch.manual_seed(config.seed * 10**6 + start + i)  # a resumed run samples what an unbroken one does
+            # A resumed run samples what an unbroken one does.
+            torch.manual_seed((config.seed * 10**6 + start + i) % 2**64)
             answers = _answers(target, [p.ids for p in group], config)
             yield [
                 prompt.row(answer, target.tokenizer.decode(answer, skip_special_tokens=True))

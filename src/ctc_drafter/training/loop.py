@@ -93,7 +93,7 @@ class Training:
     def _gradients(self, index: int) -> float:
         """Add up the gradients of the batch's loss over its parts here and in all processes; returns that loss."""
         config, processes = self.config, self.setup.processes
-        seed = config.seed * 10**6 + index
+        seed = (config.seed * 10**6 + index) % 2**64
         torch.manual_seed(seed)  # whatever a drafter draws, a resumed run draws it too
         sequences = batch_of(self.setup.train_set, index, config)
         generator = torch.Generator().manual_seed(seed)

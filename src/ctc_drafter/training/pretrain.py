@@ -10,10 +10,10 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -40,68 +40,17 @@ from .optim import (
     masters_to_model,
     set_learning_rates,
 )
+from .pretrain_config import FREE, PretrainConfig
 from .tokenizer import load_tokenizer, train_tokenizer
 from .unlikelihood import unlikelihood
+
+__all__ = ["PretrainConfig", "pretrain"]
 
 HELD_OUT = 100  # one prompt in a hundred is never trained on
 HELD_BLOCKS = 48
 """Of those that are not trained on, over which a loss is taken."""
 LONGEST_QUESTION = 256
 """Tokens of a prompt that is answered to learn against loops."""
-
-
-@dataclass
-class PretrainConfig:
-    """Recipe of a target trained from scratch."""
-
-    data: list[str]
-    """JSONL files with `messages` or `text` rows."""
-    output: str
-    mixture: dict[str, float] = field(default_factory=dict)
-    """Copies of each row by its `source` (0.25: a quarter of the rows, 2.0: all of them twice); 1.0 if absent.
-    Held-out text is every source once, but for those at 0."""
-    answers_only: list[str] = field(default_factory=list)
-    """Sources whose prompts carry no loss (the same few prompts many times over)."""
-    as_answers: list[str] = field(default_factory=list)
-    """Sources of `text` rows that are answers without their question: rendered as an assistant turn."""
-    exclude: list[str] = field(default_factory=list)
-    """Prompt files; a row that shares 13 consecutive words with one of them, or asks a shorter one, is dropped."""
-    init: str | None = None
-    """Folder of a target to train on from; its tokenizer and shape are used, and the shape below is not."""
-    vocab_size: int = 6144
-    hidden_size: int = 384
-    intermediate_size: int = 1024
-    layers: int = 6
-    heads: int = 6
-    kv_heads: int = 2
-    context: int = 1024
-    block: int = 768
-    """Tokens in a training sequence."""
-    batch: int = 12
-    steps: int = 3000
-    warmup: int = 100
-    decay: int = 1000
-    """Last steps, over which the learning rate falls linearly to zero."""
-    lr_matrix: float = 3e-3
-    lr_other: float = 3e-3
-    weight_decay: float = 0.1
-    z_loss: float = 1e-4
-    compile: bool = True
-    device: str = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the passes, whichever the machine is faster in; the optimizer works in float32, the result is bfloat16."""
-    unlikelihood_steps: int = 0
-    """Steps of fine-tuning against repeating loops, after the last of `steps`."""
-    unlikelihood_batch: int = 32
-    unlikelihood_tokens: int = 128
-    unlikelihood_lr: float = 2e-4
-    unlikelihood_weight: float = 1.0
-    checkpoint_every: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.block, self.steps, self.checkpoint_every) < 1:
-            raise ValueError("batch, block, steps and checkpoint_every must be at least 1")
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -142,12 +91,6 @@ def pretrain(config: PretrainConfig) -> Path:
 
     write_folder(output, write)
     return output
-
-
-FREE = {"output", "device", "dtype", "compile", "steps", "decay", "checkpoint_every"} | {
-    f"unlikelihood_{name}" for name in ("steps", "batch", "tokens", "lr", "weight")
-}
-"""What may change between a run and its continuation; the rest decides the data and the weights."""
 
 
 # ---------------------------------------------------------------- data
@@ -376,7 +319,8 @@ def _batch(blocks: torch.Tensor, step: int, config: PretrainConfig) -> torch.Ten
     """The `step`-th batch: epochs are permutations drawn from the seed, so a resumed run sees the same data."""
     per_epoch = blocks.shape[0] // config.batch
     epoch, index = divmod(step, per_epoch)
-    order = torch.randperm(blocks.shape[0], generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+    seed = (config.seed * 1000 + epoch) % 2**64
+    order = torch.randperm(blocks.shape[0], generator=torch.Generator().manual_seed(seed))
     return blocks[order[index * config.batch : (index + 1) * config.batch]]
 
 

@@ -93,13 +93,14 @@ def batch_of(sequences: list[Sequence], step: int, config: TrainConfig) -> list[
     """The step's sequences, of similar length; the order follows from the seed alone, so that resuming repeats it."""
     per_epoch = len(sequences) // config.batch
     epoch, index = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+    generator = torch.Generator().manual_seed((config.seed * 1000 + epoch) % 2**64)
     order = torch.randperm(len(sequences), generator=generator).tolist()
     window = 16 * config.batch
     start = index // 16 * window
     near = sorted(order[start : start + window], key=lambda i: len(sequences[i].ids))
     first_step = step - index % 16  # of this window
-    place = torch.randperm(len(near) // config.batch, generator=torch.Generator().manual_seed(config.seed + first_step))
+    generator = torch.Generator().manual_seed((config.seed + first_step) % 2**64)
+    place = torch.randperm(len(near) // config.batch, generator=generator)
     first = int(place[index % 16]) * config.batch
     return [sequences[i] for i in near[first : first + config.batch]]
 
