@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .evaluate import decoded_tau, evaluation_prompts, held_out_figures, problem_loss
 from .features import CachedFeatures
 from .logs import Logs
-from .optim import learning_rate_factor, make_optimizers, set_learning_rates
+from .optim import clip_gradients, diverged, learning_rate_factor, make_optimizers, set_learning_rates
 from .parallel import Processes
 from .problems import Problems, Sequence, batch_of, make_problems, split_problems
 
@@ -68,15 +68,16 @@ class Training:
     # ------------------------------------------------------------ steps
 
     def step(self, index: int) -> float:
-        """One update of the weights; returns the loss of the whole batch. Raises UserError if it is not finite."""
+        """One update of the weights; returns the loss of the whole batch.
+
+        Raises UserError before the update if that loss or its gradient is not finite.
+        """
         config = self.config
         set_learning_rates(self.optimizers, (config.lr_matrix, config.lr_other), self.learning_rate_factor(index))
-        loss = self._gradients(index)
-        if not math.isfinite(loss):
-            self.setup.processes.fail(
-                f"The loss is not finite at step {index}; the last good state is in '{self.state_path}'."
-            )
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        loss, wrong = clip_gradients(self.weights.values(), self._gradients(index))
+        if wrong:
+            remedy = "start anew with a lower lr_matrix and lr_other"
+            self.setup.processes.fail(diverged(wrong, index, remedy, self.state_path))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -90,7 +91,7 @@ class Training:
         config = self.config
         return learning_rate_factor(index, config.steps, config.warmup, config.decay, config.schedule)
 
-    def _gradients(self, index: int) -> float:
+    def _gradients(self, index: int) -> torch.Tensor:
         """Add up the gradients of the batch's loss over its parts here and in all processes; returns that loss."""
         config, processes = self.config, self.setup.processes
         seed = (config.seed * 10**6 + index) % 2**64
@@ -106,7 +107,7 @@ class Training:
             (value * share).backward()
             loss += value.detach() * share
         processes.sum_gradients(self.weights.values())
-        return processes.total(loss).item()
+        return processes.total(loss)
 
     def _shares(self, parts: list[Problems]) -> list[float]:
         """Each part's weight in the mean over the whole batch; equal ones would favour the anchors of small parts."""

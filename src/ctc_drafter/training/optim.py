@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,6 +39,23 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay: int, schedul
         done = max(0, step - warmup) / max(1, steps - warmup)
         return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return min(1.0, (step + 1) / max(1, warmup), max(0, steps - step) / max(1, decay))
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> tuple[float, str]:
+    """Scale gradients down to a norm of 1; returns the loss, and what is not finite: `loss`, `gradient` or nothing.
+
+    To be asked before the optimizer's step: an infinite norm makes weights that are no numbers. Loss and norm come to
+    the host together, so the device is waited for once.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    value, size = torch.stack([loss.detach(), norm.to(loss)]).tolist()
+    return value, "loss" if not math.isfinite(value) else "gradient" if not math.isfinite(size) else ""
+
+
+def diverged(what: str, step: int, remedy: str, state: Path) -> str:
+    """The error of a run that ends because `what` is not finite; names the state on disk if there is one."""
+    kept = f" (the last good state is in '{state}')" if state.exists() else ""
+    return f"The {what} is not finite at step {step}; {remedy}{kept}."
 
 
 def fp32_masters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -33,6 +33,8 @@ from .data import Exclusion, chat_ids, copies, example_key, messages_of, prompt_
 from .first import check_first, load_model
 from .lock import locked
 from .optim import (
+    clip_gradients,
+    diverged,
     fp32_masters,
     gradients_to_masters,
     learning_rate_factor,
@@ -251,13 +253,13 @@ def _optimize(
         loss = block_loss(model, body, _batch(blocks, step, config), per_chunk)
         loss.backward()
         gradients_to_masters(model, masters)
-        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        value, wrong = clip_gradients(masters.values(), loss)
+        if wrong:
+            raise UserError(diverged(wrong, step, "start anew with a lower lr_matrix and lr_other", work / "state"))
         for optimizer in optimizers:
             optimizer.step()
         masters_to_model(model, masters)
-        if not math.isfinite(loss.item()):
-            raise UserError(f"The loss is not finite at step {step}; the last good state is in '{work / 'state'}'.")
-        mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
+        mean = value if math.isnan(mean) else 0.98 * mean + 0.02 * value
         progress.update(task, advance=1, description=f"training, loss {mean:.3f}")
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             held_loss = _held_out_loss(model, held, config)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from ..errors import UserError
 from ..loops import ends_in_loop
 from .answers import batched_answers
-from .optim import fp32_masters, gradients_to_masters, masters_to_model
+from .optim import clip_gradients, fp32_masters, gradients_to_masters, masters_to_model
 
 NGRAM = 4
 
@@ -50,7 +51,7 @@ def unlikelihood(
     """Fine-tune `model` (bf16, with fp32 masters) in place on its greedy answers to the `questions` (ids).
 
     `language_loss(step)` is the corpus loss of a batch. Returns, for every tenth step, the share of answers that looped
-    and both losses; also written to `log`.
+    and both losses; also written to `log`. Raises UserError before a step whose loss or gradient is not finite.
     """
     masters = fp32_masters(model)
     optimizer = torch.optim.AdamW(masters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -70,7 +71,9 @@ def unlikelihood(
             loss = loss + weight * _repetition_loss(model, bad) * len(bad) / batch
         loss.backward()
         gradients_to_masters(model, masters)
-        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        _, wrong = clip_gradients(masters.values(), loss)
+        if wrong:
+            raise UserError(f"The {wrong} against loops is not finite at step {step}; lower unlikelihood_lr.")
         optimizer.step()
         masters_to_model(model, masters)
         progress.update(task, advance=1, description=f"unlikelihood, {looped / seen:.0%} of answers loop")
