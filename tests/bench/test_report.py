@@ -281,6 +281,53 @@ def test_damaged_results_and_histories_are_named(write: Write, tmp_path: Path) -
         read_drafter_folder(tmp_path)
 
 
+def within(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Puts `value` at a place, such as `totals.split`, or leaves that out if it is `...`."""
+    *path, last = place.split(".")
+
+    def change(content: dict[str, Any]) -> None:
+        for part in path:
+            content = content[part]
+        content.pop(last) if value is ... else content.update({last: value})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("totals.split", {}),
+        ("totals.split.draft", "x"),
+        ("totals.split.microseconds.step", ...),
+        ("totals.split.microseconds.score", []),
+        ("totals.categories", {"a": 5}),
+        ("totals.categories.a.tau", "x"),
+        ("totals.acceptance_at", ["x"]),
+        ("totals.acceptance_at", [None]),
+        ("totals.calibration", {"bins": [[30, 0.5]]}),
+        ("totals.tau", float("nan")),
+        ("totals.answers", True),
+        ("arguments.prompts", None),
+        ("arguments.prompts", [5]),
+        ("arguments.temperature", "x"),
+        ("target", 5),
+        ("skipped", 5),
+    ],
+)
+def test_what_is_damaged_within_is_named_too(write: Write, place: str, value: Any) -> None:
+    part = ".".join(place.split(".")[:2])
+    with pytest.raises(UserError, match=rf"is damaged or of another version: it(s| has no) '{part}"):
+        compare_files([write("ctc", 8, change=within(place, value))])
+
+
+def test_what_may_be_unknown_is_said_to_be(write: Write, tmp_path: Path) -> None:
+    path = write("ctc", 8, change=within("machine.cores", None))
+    history = tmp_path / "ctc.history.json"
+    history.write_text('[{"step": 1, "loss": 2.5, "seconds": NaN}]')
+    text = page(path, output=tmp_path / "out", histories=[history])
+    assert "an unknown number of cores" in text and "| 1 | - |" in text
+
+
 def test_an_existing_report_stays(write: Write, tmp_path: Path) -> None:
     path, out = write("ctc", 8), tmp_path / "out"
     page(path, output=out)

@@ -16,7 +16,9 @@ import torch
 import yaml
 from safetensors.torch import save, save_file
 
-from ctc_drafter.bench.compare import NEEDED, compare_files, read_drafter_folder, read_history
+from ctc_drafter.bench.compare import NEEDED, ROW, compare_files, read_drafter_folder, read_history
+from ctc_drafter.bench.kinds import Every, Maybe, Shape
+from ctc_drafter.bench.markdown import duration, report_lines
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.config import load_recipe
 from ctc_drafter.drafters.base import read_config
@@ -78,11 +80,24 @@ ROWS: list[Any] = [
 ]
 DISTILLED = [{"id": f"0123456789abcde{i}", "answer_ids": [i, 7]} for i in range(3)]
 HISTORY = [{"step": 3, "loss": 2.5, "seconds": 1.5, "tau": None}, {"step": 6, "loss": 2.25, "seconds": 3}]
+
+
+def least(shape: Shape) -> Any:
+    """The least value of a shape that has all its parts."""
+    if isinstance(shape, Maybe):
+        return least(shape.shape)
+    if isinstance(shape, Every):
+        return {"a": least(shape.shape)} if shape.of is dict else [least(shape.shape)] * (shape.length or 1)
+    return {key: least(part) for key, part in shape.items()} if isinstance(shape, dict) else shape[0]()
+
+
+NEEDS: dict[str, Any] = least(NEEDED)
 RESULT = {
-    **{part: {key: kinds[0]() for key, kinds in needed.items()} | {"tokens": 5} for part, needed in NEEDED.items()},
+    **NEEDS,
+    "totals": {**NEEDS["totals"], "tokens": 5},
     "kind": RESULT_KIND,
     "complete": True,
-    "rows": [{"id": "a", "category": "b", "turn": 0, "plain_tokens": 5}],
+    "rows": [least(ROW)],
 }
 DRAFTER = {
     "speculators_model_type": "medusa",
@@ -120,12 +135,13 @@ def _never(name: str) -> Any:
 
 
 def _result(path: Path) -> object:
-    return compare_files([path]).entries, result_line(inspect_path(path, _never))
+    comparison = compare_files([path])
+    return list(report_lines(comparison, [])), result_line(inspect_path(path, _never))
 
 
 def _history(path: Path) -> object:
     training = read_history(path)
-    return training.steps, training.seconds, training.curve("tau", "loss")
+    return training.steps, duration(training.seconds), training.curve("tau", "loss")
 
 
 def _state(path: Path) -> object:

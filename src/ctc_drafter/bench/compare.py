@@ -8,28 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..decoding import PHASES
 from ..errors import UserError
 from ..files import RESULT_KIND
 from ..jsonl import read_json
+from .kinds import ANY, COUNT, NUMBER, REAL, TEXT, Every, Maybe, Shape, flaw
 
 HISTORY_SUFFIX = ".history.json"
-_TEXT, _COUNT, _NUMBER, _ANY = (str,), (int,), (float, int, type(None)), (str, object)
-_Kinds = dict[str, tuple[type, ...]]
-NEEDED: dict[str, _Kinds] = {
-    "target": {"name": _TEXT, "dtype": _TEXT, "device": _TEXT, "parameters": _COUNT},
-    "drafter": {"name": _TEXT, "budget": _COUNT, "parameters": _COUNT},
-    "machine": {"cpu": _TEXT, "cores": (int, type(None)), "threads": _COUNT, "gpu": (str, type(None))},
-    "versions": dict.fromkeys(("python", "torch", "transformers", "ctc_drafter", "git_commit"), _ANY),
-    "arguments": {"prompts": _ANY, "max_new_tokens": _COUNT},
+NEEDED: dict[str, Shape] = {
+    "target": {"name": TEXT, "dtype": TEXT, "device": TEXT, "parameters": COUNT},
+    "drafter": {"name": TEXT, "budget": COUNT, "parameters": COUNT},
+    "machine": {"cpu": TEXT, "cores": (int, type(None)), "threads": COUNT, "gpu": (str, type(None))},
+    "versions": dict.fromkeys(("python", "torch", "transformers", "ctc_drafter", "git_commit"), ANY),
+    "arguments": {"prompts": Every(list, TEXT), "max_new_tokens": COUNT, "temperature": Maybe(REAL)},
     "totals": {
-        **dict.fromkeys(("prompts", "answers", "looped"), _COUNT),
-        **dict.fromkeys(("tau", "tokens_per_second", "plain_tokens_per_second", "speedup", "efficiency"), _NUMBER),
-        **{"acceptance_at": (list,), "identical": (int, type(None)), "largest_gap": _NUMBER},
-        **{"split": (dict,), "categories": (dict,)},
+        **dict.fromkeys(("prompts", "answers", "looped"), COUNT),
+        **dict.fromkeys(("tau", "tokens_per_second", "plain_tokens_per_second", "speedup", "efficiency"), NUMBER),
+        **{"acceptance_at": Every(list, REAL), "identical": (int, type(None)), "largest_gap": NUMBER},
+        "split": {"draft": NUMBER, "microseconds": {**dict.fromkeys(PHASES, Maybe(REAL)), "step": NUMBER}},
+        "categories": Every(dict, {"tau": NUMBER, "speedup": NUMBER}),
+        "calibration": Maybe({"bins": Every(list, Every(list, REAL, length=3))}),
     },
+    "skipped": Maybe(Every(list, ANY)),
 }
 """What the report reads of each part of a result file."""
-ROW: _Kinds = {"id": (str, int), "category": _TEXT, "turn": _COUNT, "plain_tokens": _COUNT}
+ROW: Shape = {"id": (str, int), "category": TEXT, "turn": COUNT, "plain_tokens": COUNT}
 """And of each answer."""
 
 ARGUMENTS = (
@@ -90,7 +93,9 @@ class Training:
 
     @property
     def seconds(self) -> float | None:
-        return self.history[-1].get("seconds")
+        """Of the whole run; None if the history does not say."""
+        seconds = self.history[-1].get("seconds", math.nan)
+        return seconds if math.isfinite(seconds) else None
 
     def curve(self, *keys: str) -> tuple[list[float], list[float]]:
         """Steps and values of the first of `keys` that the history has; both empty if it has none."""
@@ -204,8 +209,10 @@ def machine_text(content: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun."""
+def counted(number: int | None, noun: str) -> str:
+    """A number, if it is known, with its noun."""
+    if number is None:
+        return f"an unknown number of {noun}s"
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -236,26 +243,12 @@ def read_result(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != RESULT_KIND:
         raise UserError(f"'{path}' is not a result file of `ctc-drafter bench`.")
-    for part, kinds in NEEDED.items():
-        if not isinstance(content.get(part), dict):
-            raise UserError(f"'{path}' is damaged or of another version: it has no '{part}'.")
-        for key, kind in kinds.items():
-            if key not in content[part]:
-                raise UserError(f"'{path}' is damaged or of another version: it has no '{part}.{key}'.")
-            if not _is(content[part][key], kind):
-                raise UserError(f"'{path}' is damaged or of another version: its '{part}.{key}' is of another kind.")
-    rows = content.get("rows")
-    if not isinstance(rows, list) or not rows or not all(map(_is_answer, rows)):
-        raise UserError(f"'{path}' is damaged or of another version: its 'rows' are not the answers of a run.")
+    wrong = flaw(content, NEEDED, "")
+    if wrong is None and (not content.get("rows") or flaw(content["rows"], Every(list, ROW), "rows")):
+        wrong = "its 'rows' are not the answers of a run"
+    if wrong is not None:
+        raise UserError(f"'{path}' is damaged or of another version: {wrong}.")
     return content
-
-
-def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not (isinstance(value, int) and abs(value) >= 2**63)  # no float is as large
-
-
-def _is_answer(row: Any) -> bool:
-    return isinstance(row, dict) and all(key in row and _is(row[key], kinds) for key, kinds in ROW.items())
 
 
 def read_history(path: Path) -> Training:
