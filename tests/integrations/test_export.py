@@ -73,7 +73,8 @@ def test_an_export_is_a_drafter(to: str, target: Target, drafter_folder: Path, t
     assert wanted <= content["speculators_config"].keys()
     assert {"name_or_path", "architectures"} <= content["speculators_config"]["verifier"].keys()
     assert "tiny" in (out / "README.md").read_text()
-    assert run_export(drafter_folder, "--to", to, "--output", out, "--overwrite")[0] == 0
+    for other in ("transformers", "speculators", "vllm"):
+        assert run_export(drafter_folder, "--to", other, "--output", out, "--overwrite")[0] == 0
 
 
 def test_vllm_is_told_where_the_drafter_is(drafter_folder: Path, tmp_path: Path) -> None:
@@ -91,6 +92,10 @@ def test_vllm_is_told_where_the_drafter_is(drafter_folder: Path, tmp_path: Path)
 def test_what_is_refused(target: Target, target_folder: Path, drafter_folder: Path, tmp_path: Path) -> None:
     mine, file, damaged = tmp_path / "mine", tmp_path / "file", Path(shutil.copytree(drafter_folder, tmp_path / "d"))
     other = Path(shutil.copytree(drafter_folder, tmp_path / "other"))
+    told, more = Path(shutil.copytree(drafter_folder, tmp_path / "told")), tmp_path / "more"
+    (told / "README.md").write_text("# A drafter for my thesis\n\nDo not lose it.\n")
+    run_export(drafter_folder, "--to", "vllm", "--output", more)
+    (more / "run.yaml").write_text("recipe: {}\n")
     mine.mkdir()
     (mine / "thesis.txt").write_text("x")
     file.write_text("x")
@@ -107,10 +112,13 @@ def test_what_is_refused(target: Target, target_folder: Path, drafter_folder: Pa
         ((drafter_folder, "--to", "transformers", "--output", file, "--overwrite"), "not an earlier export"),
         ((drafter_folder, "--to", "transformers", "--output", target_folder, "--overwrite"), "not an earlier export"),
         ((drafter_folder, "--to", "transformers", "--output", other, "--overwrite"), "not an earlier export"),
+        ((drafter_folder, "--to", "transformers", "--output", told, "--overwrite"), "not an earlier export"),
+        ((drafter_folder, "--to", "transformers", "--output", more, "--overwrite"), "not an earlier export"),
         ((drafter_folder, "--to", "transformers", "--output", drafter_folder, "--overwrite"), "itself"),
         ((drafter_folder, "--to", "transformers", "--output", drafter_folder.parent, "--overwrite"), "itself"),
     ]
     for args, words in cases:
         code, text = run_export(*args)
         assert code == 2 and words in text and text.count("\n") == 1, text
-    assert (mine / "thesis.txt").exists() and not out.exists()
+    assert (mine / "thesis.txt").exists() and "Do not lose it" in (told / "README.md").read_text()
+    assert (more / "run.yaml").exists() and not out.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..inspection import inspect_path, is_well
 from ..target import Target
 from .chains import check_kind
 
+WRITTEN = {"config.json", "model.safetensors", "README.md", "custom_generate", "vllm.yaml"}
+"""What an export may hold."""
 GENERATE = Path(__file__).with_name("exported_generate.py")
 
 TRANSFORMERS_PAGE = """---
@@ -133,9 +136,18 @@ def _check_output(folder: Path, output: Path, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Training writes no page; so a drafter with one was written here."""
-    config = folder / "config.json"
-    return (folder / "README.md").is_file() and config.is_file() and "speculators_config" in config.read_text("utf-8")
+    """Whether there is nothing but what is written here, under one of the pages above."""
+    page = folder / "README.md"
+    if not page.is_file() or not {path.name for path in folder.iterdir()} <= WRITTEN:
+        return False
+    text = page.read_text("utf-8", errors="replace")
+    return any(_begins_like(text, template) for template in (TRANSFORMERS_PAGE, SPECULATORS_PAGE, VLLM_PAGE))
+
+
+def _begins_like(text: str, template: str) -> bool:
+    """Whether a page is like the template down to its heading, whatever is named there."""
+    head = template[: template.index("\n", template.index("# "))]
+    return re.match(".+".join(map(re.escape, re.split(r"\{\w+\}", head))) + "\n", text) is not None
 
 
 def _transformers(aside: Path, report: Any, output: Path) -> None:
