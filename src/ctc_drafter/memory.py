@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def parse_bytes(text: str) -> int:
     """Bytes in `2GiB`, `512 MB`, `1000000`. Raises UserError for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?\s*", text.lower())
-    if found is None:
+    amount = math.inf if found is None else float(found[1]) * _UNITS[found[2] or ""]
+    if math.isinf(amount):  # as hundreds of digits are
         raise UserError(f"'{text}' is no amount of memory; write it like 2GiB or 512MiB.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return int(amount)
 
 
 def position_bytes(target: Target, drafter: Drafter) -> int:
