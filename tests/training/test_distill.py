@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import build_target
+from ctc_drafter.cli import app
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
@@ -114,6 +116,14 @@ def test_mixture_and_limit(recipe: DistillConfig, tmp_path: Path) -> None:
     only_b = distill(replace(recipe, mixture={"a": 0.0}, output=str(tmp_path / "b")))
     assert [r["source"] for r in rows_of(only_b)] == ["b", "b"]
     assert len(rows_of(distill(replace(recipe, limit=5, output=str(tmp_path / "five"))))) == 5
+
+
+def test_the_limit_is_of_all_files_as_its_help_says(recipe: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"turns": ["One more"]}\n{"turns": ["And one"]}\n')
+    prompts = [str(tmp_path / "more.jsonl"), *recipe.prompts]
+    assert len(rows_of(distill(replace(recipe, prompts=prompts, limit=5)))) == 5
+    said = " ".join(CliRunner().invoke(app, ["distill", "--help"]).stdout.split())
+    assert "that fit, of all files together" in said and "of each file" not in said
 
 
 def test_excluded_prompts_are_left_out(

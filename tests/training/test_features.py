@@ -62,6 +62,14 @@ def test_a_folder_that_looks_like_markup_is_said_as_it_is(
     assert str(made) in capsys.readouterr().err.replace("\n", "")
 
 
+def test_the_estimate_says_that_the_target_does_not_run(
+    folder: Path, recipe: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, dry_run=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "so no forward pass of the target" in said and "passes of the target" not in said
+
+
 # ---------------------------------------------------------------- the same as online
 
 

@@ -9,7 +9,6 @@ import typer
 
 from ..errors import UserError
 from .options import (
-    Limit,
     Recipe,
     Settings,
     TargetName,
@@ -28,7 +27,10 @@ def distill(
     output: Annotated[str | None, typer.Option("--output", help="JSONL to write; a rerun continues it.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Answers generated at once.")] = None,
-    limit: Limit = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Only the first so many prompts that fit, of all files together."),
+    ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="JSONL of prompts not to use; repeatable.")

@@ -74,7 +74,7 @@ def evaluation_prompts(config: TrainConfig, target: Target, held: list[Sequence]
 def decoded_tau(
     config: TrainConfig, target: Target, drafter: TrainableDrafter, prompts: list[list[int]]
 ) -> float | None:
-    """Tau of greedy decoding of `prompts` with the drafter as it would be saved; None if nothing was drafted."""
+    """Tau of greedy decoding of `prompts` with the drafter as it would be saved; None if no answer takes a step."""
     served = _as_served(target, drafter)
     rows = []
     for ids in prompts:

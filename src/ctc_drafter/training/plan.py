@@ -39,9 +39,12 @@ def print_estimate(training: Training) -> None:
     mean = sum(len(s.ids) for s in setup.train_set) / len(setup.train_set)
     sequences, passes = config.steps * config.batch, config.steps * config.accumulate
     seconds = _seconds_per_step(training)  # all processes take part
+    target = f"{passes:,} forward passes of the target in each process"
+    if setup.cached is not None:
+        target = f"features from '{setup.cached.folder}', so no forward pass of the target"
     console.print(
-        f"work     {sequences:,} sequences, about {round(sequences * mean):,} tokens; "
-        f"{passes:,} forward passes of the target in each process; {len(training.prompts)} prompts for tau"
+        f"work     {sequences:,} sequences, about {round(sequences * mean):,} tokens; {target}; "
+        f"{len(training.prompts)} prompts for tau"
     )
     console.print(
         f"storage  drafter {byte_size(_drafter_bytes(training))}, training state {byte_size(_state_bytes(training))}"
