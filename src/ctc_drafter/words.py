@@ -21,6 +21,13 @@ def size(parameters: int) -> str:
     return str(parameters)
 
 
+def counted(number: int | None, noun: str) -> str:
+    """A number, if it is known, with its noun."""
+    if number is None:
+        return f"an unknown number of {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def byte_size(count: int) -> str:
     """A number of bytes as people say it."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

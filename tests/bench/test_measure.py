@@ -174,10 +174,21 @@ def test_prompts_beyond_the_context(target: Target, drafter_folder: Path) -> Non
     long = "word " * target.max_context
     with pytest.raises(UserError, match="Prompt 'long' has"):
         measure(target, [contender], [Prompt("long", "a", (long,))], max_new_tokens=4)
-    prompts = [Prompt("long", "a", (long,)), Prompt("later", "a", ("Hello", long, "lost"))]
-    (result,) = measure(target, [contender], prompts, max_new_tokens=4, skip_too_long=True)
-    assert [(s["id"], s["turn"]) for s in result.skipped] == [("long", 0), ("later", 1)]
-    assert [(r["id"], r["turn"]) for r in result.rows] == [("later", 0)]
+    prompts = [Prompt("long", "a", (long,)), Prompt("later", "a", ("Hello", long, "lost", "too"))]
+    told: list[int] = []
+    results = measure(
+        target,
+        [contender, Contender("twin", contender.drafter, 2)],
+        prompts,
+        max_new_tokens=4,
+        skip_too_long=True,
+        on_row=lambda result, row: told.append(1),
+        on_skip=told.append,
+    )
+    for result in results:
+        assert [(s["id"], s["turn"]) for s in result.skipped] == [("long", 0), ("later", 1), ("later", 2), ("later", 3)]
+        assert [(r["id"], r["turn"]) for r in result.rows] == [("later", 0)]
+    assert sum(told) == 2 * (1 + 4)  # every turn of each contender, so a bar is full at the end
 
 
 def test_calibration_compares_what_was_expected_with_what_came() -> None:

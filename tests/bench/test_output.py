@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from ctc_drafter.bench.command import _Watch, output_files
+from ctc_drafter.bench.compare import compare_files
 from ctc_drafter.bench.demo import run_demo
+from ctc_drafter.bench.markdown import report_lines
 from ctc_drafter.bench.measure import Result
 from ctc_drafter.bench.prompts import Prompt
 from ctc_drafter.bench.report import print_report
@@ -69,6 +71,17 @@ def test_names_that_look_like_markup_stay_as_they_are(name: str) -> None:
     bar = console()
     bar.print(watch._bar.get_renderable())
     assert f"{name}, budget 16" in text(bar)
+
+
+def test_turns_left_out_are_counted_as_such_everywhere(tmp_path: Path) -> None:
+    skipped = [{"id": 1, "turn": turn, "prompt_tokens": None} for turn in range(1, 4)]
+    result, out = Result("ctc", 16, 10, [ROW], skipped, complete=True), console()
+    print_report(out, [result])
+    target = {"name": "t", "dtype": "float32", "device": "cpu", "parameters": 5}
+    write_json(tmp_path / "r.json", document(result, target, {"prompts": [], "max_new_tokens": 5}))
+    lines = "\n".join(report_lines(compare_files([tmp_path / "r.json"]), []))
+    for said in (text(out), lines):
+        assert "3 turns left out for lack of room in the context" in said
 
 
 def test_result_file_round_trip(tmp_path: Path) -> None:

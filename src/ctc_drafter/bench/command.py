@@ -73,7 +73,7 @@ def run_bench(
         about["compile_seconds"] = round(taken, 1)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
-        results = measure(target, contenders, prompts, on_row=watch.on_row, **options)
+        results = measure(target, contenders, prompts, on_row=watch.on_row, on_skip=watch.on_skip, **options)
     about["parameters"] = target.num_parameters
     written: list[Path] = []
     for path, result in zip(outputs, results):
@@ -123,6 +123,11 @@ class _Watch:
         if not self._console.is_terminal and time.monotonic() - self._said > LOG_SECONDS:
             self._said = time.monotonic()
             print(f"{self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+    def on_skip(self, answers: int) -> None:
+        """Count answers that are left out."""
+        self._done += answers
+        self._bar.update(self._task, advance=answers)
 
 
 def output_files(output: Path | None, pairs: Sequence[tuple[str, int]]) -> list[Path]:

@@ -12,6 +12,7 @@ from ..decoding import PHASES
 from ..errors import UserError
 from ..files import RESULT_KIND
 from ..jsonl import read_json
+from ..words import counted
 from .kinds import ANY, COUNT, NUMBER, REAL, TEXT, Every, Maybe, Shape, flaw
 
 HISTORY_SUFFIX = ".history.json"
@@ -207,13 +208,6 @@ def machine_text(content: dict[str, Any]) -> str:
     if machine["gpu"] and device.startswith("cuda"):
         return f"{machine['gpu']} (host {machine['cpu']})"
     return f"{machine['cpu']}, {counted(machine['cores'], 'core')}, {counted(machine['threads'], 'thread')}"
-
-
-def counted(number: int | None, noun: str) -> str:
-    """A number, if it is known, with its noun."""
-    if number is None:
-        return f"an unknown number of {noun}s"
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def prompts_text(content: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from ..decoding import PHASES
 from ..errors import UserError
 from ..files import write_text
-from ..words import duration, number, percent, size
+from ..words import counted, duration, number, percent, size
 from .compare import (
     Comparison,
     Entry,
@@ -189,7 +189,7 @@ def _flaws(entry: Entry) -> Iterator[str]:
     if t["looped"]:
         yield f"{t['looped']} of {t['answers']} answers end in a repeating loop, which flatters tau"
     if content.get("skipped"):
-        yield f"{len(content['skipped'])} turns did not fit the context and were left out"
+        yield f"{counted(len(content['skipped']), 'turn')} left out for lack of room in the context"
     if not content.get("complete"):
         yield "**the run was interrupted**; the numbers cover the answers finished until then"
 

@@ -130,14 +130,15 @@ def measure(
     skip_too_long: bool = False,
     profile: bool = False,
     on_row: Callable[[Result, Row], None] | None = None,
+    on_skip: Callable[[int], None] | None = None,
 ) -> list[Result]:
     """Answer every turn once plainly and once with each contender, interleaved; one Result per contender.
 
     The order rotates from answer to answer, so that drift of the machine cancels. A conversation continues with the
     plain run's answer; `raw` joins its texts without a chat template. First turns that do not fit the context raise
-    UserError before any work, unless `skip_too_long`; later turns that do not fit are listed in `Result.skipped`.
-    Ctrl-C ends the measurement: the rows so far are returned with `complete` False. `profile` makes the time split
-    true on a GPU, at the price of speed.
+    UserError before any work, unless `skip_too_long`; turns that do not fit, and so those after them, are listed in
+    `Result.skipped`, and `on_skip` is told how many answers these are. Ctrl-C ends the measurement: the rows so far are
+    returned with `complete` False. `profile` makes the time split true on a GPU, at the price of speed.
     """
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "stop": stop, "profile": profile}
     rotation = _Rotation(target, contenders, options)
@@ -151,8 +152,11 @@ def measure(
                 messages.append({"role": "user", "content": text})
                 ids = encode(target, messages, raw)
                 if len(ids) >= target.max_context:
+                    left = _left_out(prompt, turn, len(ids))
                     for result in results:
-                        result.skipped.append({"id": prompt.id, "turn": turn, "prompt_tokens": len(ids)})
+                        result.skipped += left
+                    if on_skip is not None:
+                        on_skip(len(left) * len(results))
                     break
                 plain, *drafted = rotation.answers(ids)
                 for result, answer in zip(results, drafted):
@@ -167,6 +171,12 @@ def measure(
     for result in results:
         result.complete = True
     return results
+
+
+def _left_out(prompt: Prompt, turn: int, tokens: int) -> list[Row]:
+    """What is said of a turn whose prompt has too many tokens, and of those that follow, whose prompts have more."""
+    rest = range(turn, len(prompt.turns))
+    return [{"id": prompt.id, "turn": t, "prompt_tokens": tokens if t == turn else None} for t in rest]
 
 
 class _Rotation:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..decoding import PHASES
-from ..words import number, percent, size
+from ..words import counted, number, percent, size
 from .measure import Result
 
 
@@ -59,7 +59,7 @@ def print_report(console: Console, results: Sequence[Result]) -> None:
             line = f"{label}: {totals['looped']} of {totals['answers']} answers end in a loop, which flatters tau."
             console.print(Text(line))
     if results[0].skipped:
-        console.print(f"{len(results[0].skipped)} prompts did not fit the context and were left out.")
+        console.print(f"{counted(len(results[0].skipped), 'turn')} left out for lack of room in the context.")
     if not results[0].complete:
         console.print(Text("Interrupted: the numbers cover the answers finished so far.", "yellow"))
 
