@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -21,7 +22,7 @@ from ctc_drafter.batch import Batch
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.serving import requests as reading
 from ctc_drafter.serving import wire
-from ctc_drafter.serving.app import Limits
+from ctc_drafter.serving.app import PAGE, POLICY, Limits
 from ctc_drafter.serving.stream import EventStream
 from ctc_drafter.target import Target
 from live import QUESTIONS, BrokenDrafter, Live, PacedDrafter, ask, live, wait_until
@@ -146,6 +147,18 @@ def test_other_content_types_are_refused(server: Live) -> None:
     check(HTTP.post(server.base + CHAT, content=body), 415)
     header = {"content-type": "Application/JSON; charset=utf-8"}
     assert HTTP.post(server.base + CHAT, content=body, headers=header).status_code == 200
+
+
+def test_all_that_the_page_is_made_of_is_served_under_its_policy(server: Live) -> None:
+    index = HTTP.get(f"{server.base}/")
+    names = re.findall(r'(?:src|href)="([^":]+)"', index.text)
+    assert sorted(names) == sorted(path.name for path in PAGE.iterdir() if path.name != "index.html")
+    kinds = {"css": "text/css", "js": "text/javascript"}
+    for name in names:
+        reply = HTTP.get(f"{server.base}/{name}")
+        assert reply.content == (PAGE / name).read_bytes()
+        assert reply.headers["content-type"].startswith(kinds[name.rsplit(".")[-1]])
+        assert reply.headers["content-security-policy"] == index.headers["content-security-policy"] == POLICY
 
 
 def test_unknown_routes_and_wrong_methods_are_refused(server: Live) -> None:

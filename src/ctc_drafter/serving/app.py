@@ -36,7 +36,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "frame-ancestors 'none'"
 )
-PATHS = {"/", "/page.css", "/page.js", "/health", "/metrics", "/openapi.json", "/v1/models", *BODIES}
+PATHS = {"/", "/page.css", "/page.js", "/tree.js", "/health", "/metrics", "/openapi.json", "/v1/models", *BODIES}
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ def _pages(service: Service) -> APIRouter:
         ("/", "index.html", "text/html"),
         ("/page.css", "page.css", "text/css"),
         ("/page.js", "page.js", "text/javascript"),
+        ("/tree.js", "tree.js", "text/javascript"),
     ):
         router.get(path, include_in_schema=False)(page(name, kind))
     return router
