@@ -19,7 +19,7 @@ from ..inspection import inspect_path, is_well
 from ..target import Target
 from .chains import check_kind
 
-WRITTEN = {"config.json", "model.safetensors", "README.md", "custom_generate", "vllm.yaml"}
+WRITTEN = {"config.json", WEIGHTS, "README.md", "custom_generate", "vllm.yaml"}
 """What an export may hold."""
 GENERATE = Path(__file__).with_name("exported_generate.py")
 
