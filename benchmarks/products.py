@@ -4,7 +4,8 @@
 
 All linear layers of the target, one after another on random rows, as a pass runs them; milliseconds for all of them,
 the median of interleaved rounds. `linear` is torch's own, `transposed` a plain product with weights kept (in, out), as
-compiled passes do it, `mkl` and `onednn` are packed by those libraries beforehand, `bfloat16` by oneDNN.
+compiled passes do it, `mkl` and `onednn` are packed by those libraries beforehand, `bfloat16` by oneDNN;
+`bfloat16_unpacked` is a plain product, as compiled passes make it where the processor has tiles (AMX).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def ways(weights: list[torch.Tensor], rows: int) -> dict[str, Run]:
     transposed = [w.t().contiguous() for w in weights]
     packed = [torch.ops.mkl._mkl_reorder_linear_weight(w, rows) for w in weights]
     blocked = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in weights]
-    small = [torch.ops.mkldnn._reorder_linear_weight(w.bfloat16(), rows) for w in weights]
+    halves = [w.bfloat16() for w in weights]
+    small = [torch.ops.mkldnn._reorder_linear_weight(w, rows) for w in halves]
 
     def linear() -> None:
         for w in weights:
@@ -57,7 +59,18 @@ def ways(weights: list[torch.Tensor], rows: int) -> dict[str, Run]:
         for w, p in zip(weights, small):
             torch.ops.mkldnn._linear_pointwise(low[w.shape[1]], p, None, "none", [], "")
 
-    return {"linear": linear, "transposed": of_transposed, "mkl": mkl, "onednn": onednn, "bfloat16": bfloat16}
+    def unpacked() -> None:
+        for w in halves:
+            torch.mm(low[w.shape[1]], w.t())
+
+    return {
+        "linear": linear,
+        "transposed": of_transposed,
+        "mkl": mkl,
+        "onednn": onednn,
+        "bfloat16": bfloat16,
+        "bfloat16_unpacked": unpacked,
+    }
 
 
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, float]:
@@ -77,7 +90,7 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=None)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 9, 12, 16, 17])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 9, 12, 16, 17, 24, 32])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
