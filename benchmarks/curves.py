@@ -17,6 +17,7 @@ import torch
 
 from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.bench.sheets import COLOURS, PHASE_COLOURS, STYLE
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import PHASES, Step, generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
@@ -60,34 +61,45 @@ def measure(target: Target, drafter: Drafter, options: argparse.Namespace) -> li
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Three panels: the phases of one step, the cost against context, the cost against budget."""
+    """Panels: the phases of one step, the cost against context, and against budget if there are several."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    curves = {"context": "tokens before the step", "budget": "draft nodes"}
+    if len({r["budget"] for r in rows if r["curve"] == "budget"}) < 2:
+        del curves["budget"]
+    with matplotlib.rc_context(STYLE):
+        from matplotlib.figure import Figure
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    first = [r for r in rows if r["curve"] == "context" and r["context"] == CONTEXTS[0]]
-    for y, row in enumerate(first):
+        figure: Any = Figure((1 + 4 * (1 + len(curves)), 3.8), layout="constrained", facecolor="white")
+        left, *others = figure.subplots(1, 1 + len(curves))
+        _phases(left, [r for r in rows if r["curve"] == "context" and r["context"] == CONTEXTS[0]])
+        for axis, (curve, label) in zip(others, curves.items()):
+            for name, marker, color in (("plain", "o", COLOURS[0]), ("drafted", "s", COLOURS[1])):
+                mine = [r for r in rows if r["curve"] == curve and r["run"] == name]
+                places = [r[curve] for r in mine]
+                axis.plot(places, [whole(r) for r in mine], marker=marker, color=color, label=name)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [f"{place:,}" for place in places])
+            axis.set(xlabel=label, ylabel="ms per step", title=f"against {curve}")
+            axis.set_ylim(bottom=0)
+            axis.grid(axis="y")
+            axis.legend(fontsize=9)
+        figure.suptitle(title)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _phases(axis: Any, rows: list[dict[str, Any]]) -> None:
+    for y, row in enumerate(rows):
         start = 0.0
-        for color, phase in enumerate(PHASES):
-            left.barh(y, row[phase] / 1e3, left=start, color=f"C{color}", label=phase if y == len(first) - 1 else None)
+        for phase, color in PHASE_COLOURS.items():
+            label = phase if y == len(rows) - 1 else None
+            axis.barh(y, row[phase] / 1e3, left=start, color=color, label=label, height=0.6)
             start += row[phase] / 1e3
-        left.text(start, y, f" {start:.2f} ms", va="center")
-    left.set_yticks(range(len(first)), [r["run"] for r in first])
-    left.set(xlabel="ms", title=f"one step after {CONTEXTS[0]} tokens, budget {first[-1]['budget']}")
-    left.set_xlim(0, 1.25 * max(whole(r) for r in first))
-    left.legend(fontsize=8)
-    for axis, curve, key in ((middle, "context", "tokens before the step"), (right, "budget", "draft nodes")):
-        for name, marker in (("plain", "o"), ("drafted", "s")):
-            mine = [r for r in rows if r["curve"] == curve and r["run"] == name]
-            axis.plot([r[curve] for r in mine], [whole(r) for r in mine], marker=marker, label=name)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel=key, ylabel="ms per step", title=f"against {curve}")
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        axis.text(start, y, f" {start:.2f} ms", va="center")
+    axis.set_yticks(range(len(rows)), [r["run"] for r in rows])
+    axis.set(xlabel="ms", title=f"one step after {CONTEXTS[0]} tokens, budget {rows[-1]['budget']}")
+    axis.set_xlim(0, 1.25 * max(whole(r) for r in rows))
+    axis.legend(fontsize=9, loc="lower right")
 
 
 def main() -> None:
