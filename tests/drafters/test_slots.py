@@ -229,7 +229,7 @@ def test_labels_that_are_not_drafted_end_the_label(target: Target) -> None:
     batch["labels"][:, :, 0] = outside
     loss, metrics = drafter.train_loss(**batch)
     loss.backward()
-    assert float(loss) == 0 and float(metrics["expected_accepted"]) == 0
+    assert loss.item() == 0 and float(metrics["expected_accepted"]) == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in drafter.parameters())
 
 
