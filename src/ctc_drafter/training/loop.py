@@ -76,8 +76,7 @@ class Training:
         set_learning_rates(self.optimizers, (config.lr_matrix, config.lr_other), self.learning_rate_factor(index))
         loss, wrong = clip_gradients(self.weights.values(), self._gradients(index))
         if wrong:
-            remedy = "start anew with a lower lr_matrix and lr_other"
-            self.setup.processes.fail(diverged(wrong, index, remedy, self.state_path))
+            self.setup.processes.fail(diverged(wrong, index, self.state_path))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()

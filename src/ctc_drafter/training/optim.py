@@ -52,10 +52,10 @@ def clip_gradients(parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> tu
     return value, "loss" if not math.isfinite(value) else "gradient" if not math.isfinite(size) else ""
 
 
-def diverged(what: str, step: int, remedy: str, state: Path) -> str:
+def diverged(what: str, step: int, state: Path) -> str:
     """The error of a run that ends because `what` is not finite; names the state on disk if there is one."""
     kept = f" (the last good state is in '{state}')" if state.exists() else ""
-    return f"The {what} is not finite at step {step}; {remedy}{kept}."
+    return f"The {what} is not finite at step {step}; start anew with a lower lr_matrix and lr_other{kept}."
 
 
 def fp32_masters(model: nn.Module) -> dict[str, torch.Tensor]:

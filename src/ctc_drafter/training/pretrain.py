@@ -255,7 +255,7 @@ def _optimize(
         gradients_to_masters(model, masters)
         value, wrong = clip_gradients(masters.values(), loss)
         if wrong:
-            raise UserError(diverged(wrong, step, "start anew with a lower lr_matrix and lr_other", work / "state"))
+            raise UserError(diverged(wrong, step, work / "state"))
         for optimizer in optimizers:
             optimizer.step()
         masters_to_model(model, masters)
