@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,14 +81,14 @@ class Wandering(Pace):
 
     def __init__(self, budgets: Sequence[int]) -> None:
         super().__init__(budgets)
-        self.told: list[tuple[int, int, int]] = []
+        self.told: list[tuple[int, Mapping[int, int]]] = []
 
     def choose(self, rows: int, most: int | None = None) -> int:
         return self.budgets[len(self.told) % len(self.budgets)]
 
-    def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
+    def record(self, rows: int, told: Mapping[int, int], seconds: float) -> None:
         assert seconds > 0
-        self.told.append((rows, budget, tokens))
+        self.told.append((rows, told))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -101,7 +101,10 @@ def test_a_budget_chosen_anew_in_every_pass(
     out, steps = run(target, drafter, prompt, TOKENS, budget=8, sampling=sampling, pace=pace)
     assert out == run(target, NoDrafter(), prompt, TOKENS, budget=0, sampling=sampling)[0]
     assert [step.drafted for step in steps[1:6]] == [0, 8, 3, 0, 0]
-    assert pace.told == [(1, step.drafted, len(step.tokens)) for step in steps[1:]]
+    assert [(rows, max(told), told[max(told)]) for rows, told in pace.told] == [
+        (1, step.drafted, len(step.tokens)) for step in steps[1:]
+    ]
+    assert all(told.keys() == {b for b in (0, 3, 8) if 0 < b < max(told)} | {max(told)} for _, told in pace.told)
     again = Wandering([8])
     assert run(target, drafter, prompt, TOKENS, budget=8, sampling=sampling, pace=again)[0] == out
 

@@ -50,6 +50,23 @@ def test_drafted_equals_plain_and_drafting_helps(target: Target, name: str, leas
     assert result.totals["tau"] > least_tau
 
 
+@pytest.mark.parametrize("name", ["ctc", "ctc+lookup", "lookup", "paper"])
+def test_a_step_tells_what_smaller_budgets_would_have_brought(target: Target, name: str) -> None:
+    """The first drafted step of a text, with one budget and with others: they begin in the same place."""
+    drafter, smaller, apart = load_drafter(name, target), [1, 2, 3, 5, 8], 0
+    for prompt in demo_prompts(6):
+        ids = target.prompt_ids([{"role": "user", "content": prompt.turns[0]}])
+        steps = list(generate(target, drafter, ids, max_new_tokens=24, budget=16))
+        told = steps[1].tokens_within(smaller)
+        for budget in smaller:
+            assert told[budget] == len(list(generate(target, drafter, ids, max_new_tokens=24, budget=budget))[1].tokens)
+        for step in steps:
+            counts = list(step.tokens_within([*smaller, 16]).values())
+            assert counts == sorted(counts) and counts[-1] == len(step.tokens)
+            apart += counts[0] < counts[-1]
+    assert apart > 5
+
+
 def test_plain_equals_transformers(target: Target) -> None:
     import torch
 

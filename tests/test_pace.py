@@ -16,8 +16,11 @@ BUDGETS = (8, 4, 0)
 class Machine:
     """A pass costs `base` and something for every token that it scores; drafts are accepted at a given rate."""
 
-    def __init__(self, per_token: float, acceptance: float, noise: float = 0.1, seed: int = 0) -> None:
-        self.per_token, self.acceptance, self.noise = per_token, acceptance, noise
+    def __init__(
+        self, per_token: float, acceptance: float, noise: float = 0.1, seed: int = 0, tells: bool = True
+    ) -> None:
+        """tells: passes say what smaller budgets would have brought."""
+        self.per_token, self.acceptance, self.noise, self.tells = per_token, acceptance, noise, tells
         self.random = random.Random(seed)
         self.now, self.tokens, self.changes = 0.0, 0, 0
 
@@ -39,17 +42,19 @@ class Machine:
             used[budget] += 1
             self.changes += before not in (None, budget)
             before = budget
-            tokens = 0
+            told = dict.fromkeys((b for b in pace.budgets if 0 < b < budget) if self.tells else (), rows(i))
+            told[budget] = rows(i)
             for _ in range(rows(i)):
                 accepted = 0
                 while accepted < budget and self.random.random() < self.acceptance:
                     accepted += 1
-                tokens += 1 + accepted
+                for b in told:
+                    told[b] += min(accepted, b)
             seconds = self.cost(rows(i), budget) * (1 + self.noise * self.random.random())
             if self.random.random() < 0.02:
                 seconds *= 10  # something else ran
-            self.now, self.tokens = self.now + seconds, self.tokens + tokens
-            pace.record(rows(i), budget, tokens, seconds)
+            self.now, self.tokens = self.now + seconds, self.tokens + told[budget]
+            pace.record(rows(i), told, seconds)
         return used
 
 
@@ -115,7 +120,7 @@ def test_rows_between_measured_ones_need_no_probe() -> None:
     for rows in (2, 8):
         for budget, seconds in ((8, 1.0 + rows), (0, 1.0)):
             for _ in range(9):
-                pace.record(rows, budget, 2 * rows, seconds)
+                pace.record(rows, {budget: 2 * rows}, seconds)
     assert pace.seconds(8, 5) == pytest.approx(6.0) and pace.seconds(0, 5) == pytest.approx(1.0)
     assert pace.seconds(8, 9) == pytest.approx(9 * 9 / 8) and pace.seconds(8, 20) is None
 
@@ -126,7 +131,7 @@ def test_no_more_than_is_left_over() -> None:
     for _ in range(300):
         budget = pace.choose(4, 4)
         assert budget <= 4
-        pace.record(4, budget, 4 * budget + 4, machine.cost(4, budget))
+        pace.record(4, {budget: 4 * budget + 4}, machine.cost(4, budget))
         budget = pace.choose(2, 8)
-        pace.record(2, budget, 2 * budget + 2, machine.cost(2, budget))
+        pace.record(2, {budget: 2 * budget + 2}, machine.cost(2, budget))
     assert pace.choose(2, 8) == 8

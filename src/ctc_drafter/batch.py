@@ -48,11 +48,11 @@ class Batch:
 
         context: the most positions of a row, prompt and answer together (None: the target's). The cache holds no more
         than `rows * (context + 2 * budget + 1)` of them: as many for each row as the longest one needs, and none while
-        no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, half the
-        budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over. memory_limit:
-        bytes that keys and values of all rows may take; each row's context is cut to its share. prefix_cache: bytes of
-        prompts kept beside them, so that what one begins with is not read again for another; 0 keeps none. Raises
-        UserError for sizes below 1 (budget, prefix_cache: 0), and if the limit holds no context.
+        no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, a quarter or
+        half of the budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over.
+        memory_limit: bytes that keys and values of all rows may take; each row's context is cut to its share.
+        prefix_cache: bytes of prompts kept beside them, so that what one begins with is not read again for another; 0
+        keeps none. Raises UserError for sizes below 1 (budget, prefix_cache: 0), and if the limit holds no context.
         """
         if rows < 1 or budget < 0 or (context is not None and context < 1):
             raise UserError("A batch needs rows and context of at least 1 and a budget of at least 0.")
@@ -180,7 +180,7 @@ class Batch:
                 self._end(key)
             raise
         if pace and len(self._loop.rows) == count:  # else a drafter failed
-            pace.record(count, budget, sum(len(step.tokens) for _, step in steps), self._clock() - began)
+            pace.learn(budget, [step for _, step in steps], self._clock() - began)
         key_of = {row: key for key, row in self._rows.items()}
         return [(key_of[row], step) for row, step in steps]
 

@@ -48,6 +48,21 @@ class Step:
     """Why, if `finish` is `error`."""
     log_probs: list[LogProb] | None = None
     """Of each of `tokens`, if they were asked for."""
+    nodes: Sequence[int] = ()
+    """Of `tree`, those that came true, from the root down; with a stop among `tokens` some may be behind it."""
+
+    def tokens_within(self, budgets: Sequence[int]) -> dict[int, int]:
+        """How many `tokens` there would be with only the best so many nodes of the tree, for each of the budgets.
+
+        The best are the most probable; of a tree without probabilities, the first.
+        """
+        ranks = list(self.nodes)
+        if self.tree is not None and self.tree.log_probs is not None:
+            worth = self.tree.log_probs[0].tolist()
+            # A parent comes before its child and is no less probable, so ranks rise along the path.
+            ranks = [sum(p > worth[node] for p in worth) + worth[:node].count(worth[node]) for node in self.nodes]
+        most = len(self.tokens)
+        return {b: min(most, 1 + sum(rank < b for rank in ranks)) for b in budgets}
 
     @classmethod
     def failed(cls, error: Exception) -> Step:
@@ -218,7 +233,8 @@ class Loop:
             emitted, finish = row.ending.cut(tokens)
             accepted = min(len(emitted), len(tokens) - 1)
             told = row.log_probs(logits[i], offsets, emitted)
-            step = Step(emitted, accepted, scored.budget, clock.seconds, finish, scored, log_probs=told)
+            nodes = [offset - 1 for offset in offsets[1:]]
+            step = Step(emitted, accepted, scored.budget, clock.seconds, finish, scored, log_probs=told, nodes=nodes)
             steps.append((row, step))
         return steps
 
@@ -323,7 +339,7 @@ def generate(
         if step.error is not None:
             raise step.error
         if pace is not None:
-            pace.record(1, chosen, len(step.tokens), sum(step.seconds.values()))
+            pace.learn(chosen, [step], sum(step.seconds.values()))
         yield step
 
 

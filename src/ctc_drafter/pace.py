@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import median
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from .decoding import Step
 
 WINDOW = 9
 """Passes over which the median time is taken: one that was disturbed does not count."""
 MEMORY = 128
 """Rows of passes over which the average number of tokens reaches back, about."""
+PAIRS = 1024
+"""Rows of passes over which the comparison of two budgets in the same passes reaches back, about."""
 SHORTEST, LONGEST = 64, 512
 """Passes between two probes of what is not chosen; the distance doubles while the choice stands."""
 BURST = 3
 """Passes of a probe. The time of the first does not count: the drafters catch up in it."""
 FIRST, SURE = 8, 96
 """Rows of passes that a candidate is tried for before it is judged; and from which on its tokens are believed."""
+TIMED = 4
+"""Passes whose time is taken before a candidate is judged: with fewer, one that was disturbed counts."""
 SHARE = 0.02
 """Part of the time that probes may lose, once all candidates are known."""
 STAY = 1.08
@@ -34,9 +42,10 @@ class Pace:
 
     Drafting pays while the pass is bound by memory traffic: the more rows run, the more a pass costs by its nodes. How
     much depends on machine, model and text, so it is measured as the passes go: seconds of a pass for each candidate
-    and number of rows, and tokens per row for each candidate, whatever the number of rows. The best candidate runs; the
-    others are probed now and then, at most BURST passes of SHORTEST + BURST, and as seldom as it takes for what that
-    loses to stay within SHARE of the time. What is emitted does not depend on it.
+    and number of rows, and tokens per row for each candidate, whatever the number of rows. A pass also tells what
+    smaller budgets would have brought, the best nodes of its tree, so that budgets are compared in the same places of
+    the text. The best candidate runs; the others are probed now and then, at most BURST passes of SHORTEST + BURST, and
+    as seldom as it takes for what that loses to stay within SHARE of the time. What is emitted does not depend on it.
     """
 
     def __init__(self, budgets: Sequence[int]) -> None:
@@ -44,8 +53,10 @@ class Pace:
         self.budgets = tuple(budgets)
         self._seconds: dict[int, dict[int, deque[float]]] = {b: {} for b in self.budgets}
         self._tokens: dict[int, float] = {}
-        """Per row and pass."""
+        """Per row and pass, of the passes that told."""
         self._counted: dict[int, int] = {}
+        self._pairs: dict[int, tuple[float, float]] = {}
+        """Of a candidate: its tokens and those of the next smaller one in the same passes, with falling weights."""
         self._last: int | None = None
         self._running = self.budgets[0]
         """What was chosen last, probes left out."""
@@ -60,13 +71,14 @@ class Pace:
 
     @classmethod
     def up_to(cls, budget: int, rows: int = 1, compiled: bool = False) -> Self:
-        """Between nothing, half of `budget` and all of it, for up to so many rows; several may use twice as much.
+        """Between nothing, a quarter, half and all of `budget`, for up to so many rows; several may use twice as much.
 
         compiled: passes are, and only those of the budget itself and of nothing.
         """
         if compiled or not budget:
             return cls([budget, 0] if budget else [0])
-        return cls([budget, *([budget // 2] if budget > 1 else []), 0, *([2 * budget] if rows > 1 else [])])
+        parts = dict.fromkeys([budget, max(1, budget // 2), max(1, budget // 4), 0])
+        return cls([*parts, *([2 * budget] if rows > 1 else [])])
 
     def choose(self, rows: int, most: int | None = None) -> int:
         """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any)."""
@@ -74,7 +86,7 @@ class Pace:
         probed, left = self._burst
         if left and probed in budgets:
             return probed
-        unknown = [b for b in budgets if self.seconds(b, rows) is None or self._counted.get(b, 0) < FIRST]
+        unknown = [b for b in budgets if self.seconds(b, rows) is None or not self._is_known(b)]
         if unknown:
             return self._probe(unknown[0])
         best = max(budgets, key=lambda b: self.rate(b, rows) * (STAY if b == self._running == 0 else 1))
@@ -93,32 +105,66 @@ class Pace:
         self._running = best
         return best
 
-    def record(self, rows: int, budget: int, tokens: int, seconds: float) -> None:
-        """A pass of `rows` rows with this budget emitted `tokens` in all, in so many seconds."""
+    def learn(self, budget: int, steps: Sequence[Step], seconds: float) -> None:
+        """A pass with this budget has brought these steps, one for each row, in so many seconds."""
+        smaller = [b for b in self.budgets if 0 < b < budget]
+        told = [step.tokens_within(smaller) for step in steps]
+        brought = {b: sum(each[b] for each in told) for b in smaller}
+        self.record(len(steps), {**brought, budget: sum(len(step.tokens) for step in steps)}, seconds)
+
+    def record(self, rows: int, told: Mapping[int, int], seconds: float) -> None:
+        """A pass of `rows` rows with the largest budget of `told` took so many seconds.
+
+        told: the tokens that it emitted in all, and those that it would have emitted with smaller budgets.
+        """
+        budget = max(told)
         probed, left = self._burst
         self._burst = (probed, max(0, left - 1))
-        each = tokens / rows
-        old, self._counted[budget] = self._tokens.get(budget, 0.0), min(self._counted.get(budget, 0) + rows, MEMORY)
-        self._tokens[budget] = old + (each - old) * rows / max(rows, self._counted[budget])
+        for b, tokens in told.items():
+            old, self._counted[b] = self._tokens.get(b, 0.0), min(self._counted.get(b, 0) + rows, MEMORY)
+            self._tokens[b] = old + (tokens / rows - old) * rows / max(rows, self._counted[b])
+        drafted = sorted(b for b in told if b)
+        for low, high in pairwise(drafted):
+            more, less = self._pairs.get(high, (0.0, 0.0))
+            kept = max(0.0, 1 - rows / PAIRS)
+            self._pairs[high] = more * kept + told[high], less * kept + told[low]
         if budget == self._last:
             self._seconds[budget].setdefault(rows, deque(maxlen=WINDOW)).append(seconds)
         self._last = budget
         if not left:
             self._allowance += SHARE * seconds
 
+    def tokens(self, budget: int) -> float:
+        """Per row and pass: the latest average of the smallest candidate that drafts, and by how much more exceeds it.
+
+        What runs tells of the smaller ones in every pass, and of a larger one nothing; but two budgets compare about
+        the same all over a text. Without such a comparison, the average of the budget itself.
+        """
+        smaller = max((b for b in self.budgets if 0 < b < budget), default=0)
+        more, less = self._pairs.get(budget, (0.0, 0.0))
+        return self.tokens(smaller) * more / less if smaller and less else self._tokens[budget]
+
+    def _is_known(self, budget: int) -> bool:
+        timed = sum(len(times) for times in self._seconds[budget].values())
+        return timed >= TIMED and self._counted.get(budget, 0) >= FIRST
+
     def _loss(self, budget: int, best: int, rows: int) -> float:
         """Seconds that a probe of `budget` is expected to take longer than `best` would for the same tokens."""
-        longer = (self.seconds(budget, rows) or 0.0) - rows * self._tokens[budget] / self.rate(best, rows)
+        longer = (self.seconds(budget, rows) or 0.0) - rows * self.tokens(budget) / self.rate(best, rows)
         return max(0.0, BURST * longer)
 
     def rate(self, budget: int, rows: int) -> float:
         """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unknown."""
-        seconds, count = self.seconds(budget, rows), self._counted.get(budget, 0)
-        if not seconds:
+        seconds = self.seconds(budget, rows)
+        if not seconds or budget not in self._counted:
             return 0.0
-        # Accepted lengths spread by about 1, so this is two standard errors.
-        doubt = 2 / math.sqrt(count) if budget and count < SURE else 0.0
-        return rows * (self._tokens[budget] + doubt) / seconds
+        # No smaller budget brings more than a larger one.
+        return rows * min(self._hoped(b) for b in self._counted if b >= budget) / seconds
+
+    def _hoped(self, budget: int) -> float:
+        """Tokens per row and pass; of few passes, so many more as may be: lengths spread by about 1, two errors."""
+        count = self._counted[budget]
+        return self.tokens(budget) + (2 / math.sqrt(count) if budget and count < SURE else 0.0)
 
     def seconds(self, budget: int, rows: int) -> float | None:
         """Of a pass: measured at about this number of rows, or between two others, or near to one; None if unknown."""
