@@ -46,7 +46,7 @@ class TrainConfig:
     """Folder of `ctc-drafter cache-features`; None: the target runs in every step."""
     skip_bad_shards: bool = False
     """Go on without the sequences in damaged shards of `features`."""
-    lr_matrix: float = 2e-3
+    lr_matrix: float = 4e-3
     """Learning rate of the matrices inside layers, by Muon."""
     lr_other: float = 1e-3
     """Learning rate of everything else, by AdamW."""
