@@ -12,9 +12,9 @@ import argparse
 from pathlib import Path
 
 from common import about, add_common
-from ctc_drafter.bench.suites import load_prompts
 from ctc_drafter.bench.measure import Contender, Result, measure
 from ctc_drafter.bench.results import check_output, write_json
+from ctc_drafter.bench.suites import load_prompts
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.drafters import Drafter, load_drafter
 from ctc_drafter.pace import Pace
