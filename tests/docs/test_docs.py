@@ -184,7 +184,7 @@ def test_the_recipe_of_the_page_is_the_one_of_the_package() -> None:
 
 def test_the_training_time_quoted_is_the_recorded_one() -> None:
     """The model card is written by the run itself."""
-    said = re.search(r"took ([\d,]+) seconds for (\d+) steps", (ROOT / "docs" / "train.md").read_text())
+    said = re.search(r"took ([\d,]+) seconds for ([\d,]+) steps", (ROOT / "docs" / "train.md").read_text())
     card = (ROOT / "src" / "ctc_drafter" / "embedded" / "README.md").read_text()
     assert said and re.search(rf"^\| {said[2]} \|.* \| {said[1]} \|$", card, re.M)
 
