@@ -46,6 +46,8 @@ def main() -> None:
             print(f"{done} of {turns} answers", flush=True)
 
     results = measure(target, ways, prompts, max_new_tokens=options.max_new_tokens, on_row=told)
+    if not all(result.complete for result in results):
+        raise KeyboardInterrupt
     rows = []
     for way, result in zip(ways, results):
         totals = result.totals
@@ -55,8 +57,7 @@ def main() -> None:
             f"{way.name:<28} tau {totals['tau']:.2f}  speedup {totals['speedup']:.3f}"
             f"  identical {totals['identical']}/{totals['answers']}"
         )
-    complete = all(result.complete for result in results)
-    write_json(options.json, {**about(), "dtype": options.dtype, "complete": complete, "rows": rows})
+    write_json(options.json, {**about(), "dtype": options.dtype, "rows": rows})
     print(f"Result: {options.json}")
 
 

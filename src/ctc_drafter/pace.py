@@ -135,7 +135,7 @@ class Pace:
             self._allowance += SHARE * seconds
 
     def tokens(self, budget: int) -> float:
-        """Per row and pass: the latest average of the smallest candidate that drafts, and by how much more exceeds it.
+        """Per row and pass: the latest average of the smallest candidate, times what larger ones bring in proportion.
 
         What runs tells of the smaller ones in every pass, and of a larger one nothing; but two budgets compare about
         the same all over a text. Without such a comparison, the average of the budget itself.
