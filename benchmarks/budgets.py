@@ -46,17 +46,8 @@ def recorded(step: Step) -> Recorded:
     tree = step.tree
     if tree is None or tree.log_probs is None:
         raise SystemExit("This drafter gives no probabilities, so there is nothing to choose by.")
-    probs, tokens, parents = tree.log_probs[0].exp().tolist(), tree.tokens[0].tolist(), tree.parents[0].tolist()
-    order = sorted(range(len(probs)), key=lambda i: -probs[i])
-    place = {node: i for i, node in enumerate(order)}
-    at, accepted = -1, []
-    for token in step.tokens[: step.accepted]:
-        nodes = enumerate(zip(parents, tokens, probs))
-        at = next((i for i, (parent, guess, p) in nodes if (parent, guess) == (at, token) and p > 0), len(probs))
-        if at == len(probs):  # padding that came true by chance
-            break
-        accepted.append(place[at])
-    return [probs[i] for i in order], accepted, drafting(step)
+    probs = sorted(tree.log_probs[0].exp().tolist(), reverse=True)
+    return probs, step.ranks[: step.accepted], drafting(step)
 
 
 def drafting(step: Step) -> float:

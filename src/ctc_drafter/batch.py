@@ -48,8 +48,8 @@ class Batch:
 
         context: the most positions of a row, prompt and answer together (None: the target's). The cache holds no more
         than `rows * (context + 2 * budget + 1)` of them: as many for each row as the longest one needs, and none while
-        no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, a quarter or
-        half of the budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over.
+        no row runs. adaptive: draft as `clock` (seconds) shows to be fastest for the rows that run: nothing, a quarter
+        or half of the budget, all of it, or, while half of the rows are free, twice as much, since theirs is left over.
         memory_limit: bytes that keys and values of all rows may take; each row's context is cut to its share.
         prefix_cache: bytes of prompts kept beside them, so that what one begins with is not read again for another; 0
         keeps none. Raises UserError for sizes below 1 (budget, prefix_cache: 0), and if the limit holds no context.

@@ -51,17 +51,18 @@ class Step:
     nodes: Sequence[int] = ()
     """Of `tree`, those that came true, from the root down; with a stop among `tokens` some may be behind it."""
 
-    def tokens_within(self, budgets: Sequence[int]) -> dict[int, int]:
-        """How many `tokens` there would be with only the best so many nodes of the tree, for each of the budgets.
+    @property
+    def ranks(self) -> list[int]:
+        """The places of `nodes` among all of the tree by falling probability; without probabilities, the nodes."""
+        if self.tree is None or self.tree.log_probs is None:
+            return list(self.nodes)
+        worth = self.tree.log_probs[0].tolist()
+        return [sum(p > worth[node] for p in worth) + worth[:node].count(worth[node]) for node in self.nodes]
 
-        The best are the most probable; of a tree without probabilities, the first.
-        """
-        ranks = list(self.nodes)
-        if self.tree is not None and self.tree.log_probs is not None:
-            worth = self.tree.log_probs[0].tolist()
-            # A parent comes before its child and is no less probable, so ranks rise along the path.
-            ranks = [sum(p > worth[node] for p in worth) + worth[:node].count(worth[node]) for node in self.nodes]
-        most = len(self.tokens)
+    def tokens_within(self, budgets: Sequence[int]) -> dict[int, int]:
+        """How many `tokens` there would be with only the best so many nodes of the tree, for each of the budgets."""
+        # A parent comes before its child and is no less probable, so ranks rise along the path.
+        ranks, most = self.ranks, len(self.tokens)
         return {b: min(most, 1 + sum(rank < b for rank in ranks)) for b in budgets}
 
     @classmethod
