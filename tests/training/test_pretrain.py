@@ -109,6 +109,32 @@ def test_float32_passes_learn_what_bfloat16_passes_learn(recipe: PretrainConfig,
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+def test_compiled_short_blocks_learn_what_others_learn(
+    recipe: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, they go through attention of another kind; its results are the same, and it ends with the training."""
+    run = replace(recipe, dtype="float32", device="cpu", unlikelihood_steps=2, unlikelihood_tokens=8)
+    attention = []
+
+    def traced(made: Any) -> Any:
+        attention.extend([made.config._attn_implementation] if hasattr(made, "config") else [])
+        return made
+
+    real = module._against_loops
+
+    def against_loops(config: PretrainConfig, model: Any, *others: Any) -> Any:
+        attention.append(model.config._attn_implementation)
+        return real(config, model, *others)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(module, "_against_loops", against_loops)
+    folders = [pretrain(replace(run, compile=c, output=str(tmp_path / str(c)))) for c in (True, False)]
+    assert attention == ["eager", "sdpa", "sdpa"]
+    mine, want = (json.loads((folder / "pretrain.json").read_text())["history"] for folder in folders)
+    for row, other in zip(mine, want, strict=True):
+        assert row == pytest.approx(other, abs=2e-3)
+
+
 def test_training_goes_on_from_a_folder(recipe: PretrainConfig, tmp_path: Path) -> None:
     fast = replace(recipe, lr_matrix=1e-2, lr_other=1e-2)
     first = pretrain(replace(fast, steps=40, decay=10, checkpoint_every=20))
