@@ -3,7 +3,7 @@
     python benchmarks/adaptive.py --prompts FILE.jsonl ... --json benchmarks/results/adaptive.json
 
 For each drafter plain decoding, constant budgets, and `--adaptive` up to the largest of them take turns, prompt by
-prompt, so that drift of the machine cancels. The adaptive one learns over all the prompts, its first passes included.
+prompt, so that drift of the machine cancels. The adaptive one learns over all the prompts, from the warm-up on.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def main() -> None:
             print(f"{done} of {turns} answers", flush=True)
 
     results = measure(target, ways, prompts, max_new_tokens=options.max_new_tokens, on_row=told)
-    if not all(result.complete for result in results):
-        raise KeyboardInterrupt
     rows = []
     for way, result in zip(ways, results):
+        if not result.rows:
+            continue
         totals = result.totals
         rows.append({"drafter": way.drafter.name, "budget": way.budget, "adaptive": way.pace is not None})
         rows[-1] |= {key: totals[key] for key in KEPT}
@@ -57,8 +57,11 @@ def main() -> None:
             f"{way.name:<28} tau {totals['tau']:.2f}  speedup {totals['speedup']:.3f}"
             f"  identical {totals['identical']}/{totals['answers']}"
         )
-    write_json(options.json, {**about(), "dtype": options.dtype, "rows": rows})
-    print(f"Result: {options.json}")
+    if rows:
+        write_json(options.json, {**about(), "dtype": options.dtype, "rows": rows})
+        print(f"Result: {options.json}")
+    if not all(result.complete for result in results):
+        raise KeyboardInterrupt  # only now, since what is measured must not be lost
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from ctc_drafter.errors import UserError
 from ctc_drafter.pace import Pace
 
 BUDGETS = (8, 4, 0)
@@ -16,11 +17,8 @@ BUDGETS = (8, 4, 0)
 class Machine:
     """A pass costs `base` and something for every token that it scores; drafts are accepted at a given rate."""
 
-    def __init__(
-        self, per_token: float, acceptance: float, noise: float = 0.1, seed: int = 0, tells: bool = True
-    ) -> None:
-        """tells: passes say what smaller budgets would have brought."""
-        self.per_token, self.acceptance, self.noise, self.tells = per_token, acceptance, noise, tells
+    def __init__(self, per_token: float, acceptance: float, noise: float = 0.1, seed: int = 0) -> None:
+        self.per_token, self.acceptance, self.noise = per_token, acceptance, noise
         self.random = random.Random(seed)
         self.now, self.tokens, self.changes = 0.0, 0, 0
 
@@ -42,7 +40,7 @@ class Machine:
             used[budget] += 1
             self.changes += before not in (None, budget)
             before = budget
-            told = dict.fromkeys((b for b in pace.budgets if 0 < b < budget) if self.tells else (), rows(i))
+            told = dict.fromkeys((b for b in pace.budgets if 0 < b < budget), rows(i))
             told[budget] = rows(i)
             for _ in range(rows(i)):
                 accepted = 0
@@ -113,6 +111,48 @@ def test_a_change_of_the_text_is_noticed() -> None:
     machine.acceptance = 0.9
     machine.run(pace, 4000, lambda i: 4)
     assert machine.run(pace, 500, lambda i: 4)[0] < 50
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_budget_is_left_where_the_text_becomes_hard(seed: int) -> None:
+    machine, pace = Machine(0.06, 0.95, seed=seed), Pace((16, 8, 4, 0))
+    assert machine.run(pace, 2000, lambda i: 1)[16] > 1800
+    machine.acceptance = 0.5
+    used = machine.run(pace, 2000, lambda i: 1)
+    rates = {b: machine.expected(b) / machine.cost(1, b) for b in pace.budgets}
+    assert max(rates, key=lambda b: rates[b]) == 4
+    tokens, seconds = (sum(n * f(b) for b, n in used.items()) for f in (machine.expected, lambda b: machine.cost(1, b)))
+    assert tokens / seconds > 0.85 * rates[4]
+
+
+def test_budgets_compare_by_the_passes_that_tell_of_both() -> None:
+    """A larger budget that ran in easy text brings in proportion what it brought beside the smaller one there."""
+    pace = Pace((8, 4))
+    for _ in range(200):
+        pace.record(1, {8: 6, 4: 4}, 1.0)
+    assert (pace.tokens(8), pace.tokens(4)) == (pytest.approx(6), pytest.approx(4))
+    for _ in range(1000):
+        pace.record(1, {4: 2}, 1.0)
+    assert pace.tokens(4) == pytest.approx(2, rel=0.01) and pace.tokens(8) == pytest.approx(3, rel=0.01)
+
+
+def test_candidates_are_parts_of_the_budget() -> None:
+    assert Pace.up_to(16).budgets == (16, 8, 4, 0)
+    assert Pace.up_to(16, rows=4).budgets == (16, 8, 4, 0, 32)
+    assert Pace.up_to(2).budgets == (2, 1, 0) and Pace.up_to(1).budgets == (1, 0)
+    assert Pace.up_to(16, rows=4, compiled=True).budgets == (16, 0) and Pace.up_to(0, rows=4).budgets == (0,)
+
+
+def test_a_pace_without_a_budget_that_is_allowed_says_so() -> None:
+    with pytest.raises(UserError, match="least budget of this pace is 4, and 2 is allowed"):
+        Pace((8, 4)).choose(1, 2)
+
+
+def test_a_clock_that_stands_still_chooses_all_the_same() -> None:
+    pace = Pace((4, 0))
+    for _ in range(500):
+        budget = pace.choose(1)
+        pace.record(1, {budget: budget + 1}, 0.0)
 
 
 def test_rows_between_measured_ones_need_no_probe() -> None:

@@ -9,15 +9,15 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Self
 
+from .errors import UserError
+
 if TYPE_CHECKING:
     from .decoding import Step
 
 WINDOW = 9
 """Passes over which the median time is taken: one that was disturbed does not count."""
 MEMORY = 128
-"""Rows of passes over which the average number of tokens reaches back, about."""
-PAIRS = 1024
-"""Rows of passes over which the comparison of two budgets in the same passes reaches back, about."""
+"""Rows of passes over which averages of tokens reach back, about, and comparisons of two budgets in the same passes."""
 SHORTEST, LONGEST = 64, 512
 """Passes between two probes of what is not chosen; the distance doubles while the choice stands."""
 BURST = 3
@@ -81,8 +81,14 @@ class Pace:
         return cls([*parts, *([2 * budget] if rows > 1 else [])])
 
     def choose(self, rows: int, most: int | None = None) -> int:
-        """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any)."""
+        """The budget of the next pass, which `rows` rows make; `most`: the largest that is allowed (None: any).
+
+        Raises UserError if no candidate is allowed.
+        """
         budgets = self.budgets if most is None else [b for b in self.budgets if b <= most]
+        if not budgets:
+            least = min(self.budgets)
+            raise UserError(f"The least budget of this pace is {least}, and {most} is allowed; give it a smaller one.")
         probed, left = self._burst
         if left and probed in budgets:
             return probed
@@ -126,7 +132,7 @@ class Pace:
         drafted = sorted(b for b in told if b)
         for low, high in pairwise(drafted):
             more, less = self._pairs.get(high, (0.0, 0.0))
-            kept = max(0.0, 1 - rows / PAIRS)
+            kept = max(0.0, 1 - rows / MEMORY)
             self._pairs[high] = more * kept + told[high], less * kept + told[low]
         if budget == self._last:
             self._seconds[budget].setdefault(rows, deque(maxlen=WINDOW)).append(seconds)
@@ -137,8 +143,8 @@ class Pace:
     def tokens(self, budget: int) -> float:
         """Per row and pass: the latest average of the smallest candidate, times what larger ones bring in proportion.
 
-        What runs tells of the smaller ones in every pass, and of a larger one nothing; but two budgets compare about
-        the same all over a text. Without such a comparison, the average of the budget itself.
+        What runs tells of the smaller ones in every pass, and of a larger one nothing, whose own average is of the text
+        where it last ran; how two budgets compare changes less. Without a comparison, that average.
         """
         smaller = max((b for b in self.budgets if 0 < b < budget), default=0)
         more, less = self._pairs.get(budget, (0.0, 0.0))
@@ -150,16 +156,17 @@ class Pace:
 
     def _loss(self, budget: int, best: int, rows: int) -> float:
         """Seconds that a probe of `budget` is expected to take longer than `best` would for the same tokens."""
-        longer = (self.seconds(budget, rows) or 0.0) - rows * self.tokens(budget) / self.rate(best, rows)
-        return max(0.0, BURST * longer)
+        rate = self.rate(best, rows)
+        if not rate:  # passes too short for the clock
+            return 0.0
+        return max(0.0, BURST * ((self.seconds(budget, rows) or 0.0) - rows * self.tokens(budget) / rate))
 
     def rate(self, budget: int, rows: int) -> float:
         """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unknown."""
         seconds = self.seconds(budget, rows)
         if not seconds or budget not in self._counted:
             return 0.0
-        # No smaller budget brings more than a larger one.
-        return rows * min(self._hoped(b) for b in self._counted if b >= budget) / seconds
+        return rows * self._hoped(budget) / seconds
 
     def _hoped(self, budget: int) -> float:
         """Tokens per row and pass; of few passes, so many more as may be: lengths spread by about 1, two errors."""

@@ -19,6 +19,7 @@ from small_run import write_data
 ROOT = Path(__file__).parents[2]
 SIZES = "--prompts {prompts} --limit 2 --max-new-tokens 10"
 SCRIPTS = {
+    "adaptive": f"{SIZES} --drafter lookup --budgets 2 4 --dtype float32",
     "batches": f"{SIZES} --sizes 1 2 --rounds 1 --dtype float32",
     "budgets": f"{SIZES} --budgets 2 4",
     "curves": "--longest 256 --tokens 4 --figure {folder}/step.svg",
