@@ -97,7 +97,7 @@ def erratic_clock(rng: random.Random) -> Callable[[], float]:
 def test_any_drafter_any_budget_any_company(name: str, cell: int, family: Family) -> None:
     """Rows join at different steps, with limits of their own; some cells have a stop token, a prefix cache, a pace.
 
-    The pace has an erratic clock, so passes draft nothing, half, all or twice the budget, as if by chance.
+    The pace has an erratic clock, so passes draft nothing, a quarter, half, all or twice the budget, as if by chance.
     """
     budget, rows = pair_of(family.kind, name, cell)
     rng = random.Random(f"{family.kind} {name} {cell}")
