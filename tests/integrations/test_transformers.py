@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -65,6 +67,12 @@ def test_lengths_and_eos_are_those_of_generate(model: Any, fast: Any) -> None:
     assert got.sequences.shape == (1, PROMPT.shape[1] + 5) or got.sequences[0, -1] == model.config.eos_token_id
 
 
+def penalty_passes_over_padding() -> bool:
+    """Whether this transformers keeps a repetition penalty off the padding of a batch (5.17 penalises it too)."""
+    told = inspect.signature(RepetitionPenaltyLogitsProcessor).parameters["prompt_ignore_length"].annotation
+    return "Tensor" in str(told)
+
+
 def test_a_padded_batch_gives_the_ids_of_generate(model: Any, fast: Any) -> None:
     pad = model.config.pad_token_id
     ids, mask = torch.full((3, 10), pad), torch.zeros(3, 10, dtype=torch.long)
@@ -72,7 +80,12 @@ def test_a_padded_batch_gives_the_ids_of_generate(model: Any, fast: Any) -> None
         ids[row, -count:] = PROMPT[0, :count] + row
         mask[row, -count:] = 1
     free, _ = both(model, fast, ids, attention_mask=mask, eos_token_id=None)
-    for options in ({"eos_token_id": None}, {"eos_token_id": free[0, -9].item()}, {"repetition_penalty": 1.4}):
+    penalty = {"repetition_penalty": 1.4}
+    for options in ({"eos_token_id": None}, {"eos_token_id": free[0, -9].item()}, penalty):
+        if options is penalty and not penalty_passes_over_padding():
+            with pytest.raises(UserError, match="RepetitionPenaltyLogitsProcessor cannot be honoured exactly"):
+                both(model, fast, ids, attention_mask=mask, pad_token_id=pad, **options)
+            continue
         want, got = both(model, fast, ids, attention_mask=mask, pad_token_id=pad, **options)
         assert want.tolist() == got.tolist()
     with pytest.raises(UserError, match="left"):
