@@ -162,7 +162,7 @@ class Pace:
         return max(0.0, BURST * ((self.seconds(budget, rows) or 0.0) - rows * self.tokens(budget) / rate))
 
     def rate(self, budget: int, rows: int) -> float:
-        """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unknown."""
+        """Tokens per second to expect of a budget, in doubt the higher number, so that it is tried; 0 if unmeasured."""
         seconds = self.seconds(budget, rows)
         if not seconds or budget not in self._counted:
             return 0.0
