@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -364,3 +365,17 @@ def test_interleaved_generations(target: Target, prompt: list[int], answer: list
     out[1].extend(t for s in second for t in s.tokens)
     assert out[0] == answer
     assert out[1] == answer[: len(out[1])] and len(out[1]) >= len(out[0]) // 4
+
+
+def test_threads_take_turns(target: Target, prompt: list[int], answer: list[int], tmp_path: Path) -> None:
+    """Generations in several threads, with other features each, give the text of one by itself."""
+    drafters = [
+        NoDrafter(),
+        *(load_drafter(str(build_drafter(tmp_path / str(i), target, feature_layers=[i, -1])), target) for i in (1, 2)),
+    ]
+
+    def work(number: int) -> list[int]:
+        return run(target, drafters[number % 3].twin(), prompt, TOKENS)[0]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(24))) == [answer] * 24

@@ -159,7 +159,8 @@ class Batch:
         key = next(iter(self._waiting))
         row, prompt_ids = self._waiting.pop(key)
         try:
-            step = self._loop.join(row, prompt_ids, Clock(self.target.device, False))
+            with self.target.turn:
+                step = self._loop.join(row, prompt_ids, Clock(self.target.device, False))
         except Exception as error:
             step = Step.failed(error)
         self._rows[key] = row
@@ -172,7 +173,8 @@ class Batch:
         budget = pace.choose(count, self.budget * self.max_rows // count) if pace else self.budget
         began = self._clock()
         try:
-            steps = self._loop.step(budget, Clock(self.target.device, False))
+            with self.target.turn:
+                steps = self._loop.step(budget, Clock(self.target.device, False))
         except BaseException as error:
             if isinstance(error, Exception):
                 return [(key, Step.failed(error)) for key in self._rows]

@@ -332,11 +332,13 @@ def generate(
     check_fits(target, drafter, len(prompt_ids), ending.limit, budget, memory_limit)
     row = Row(target, drafter, sampling or Sampling(), ending, log_probs)
     loop = Loop(target, budget)
-    step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
+    with target.turn:
+        step = loop.join(row, prompt_ids, Clock(target.device, profile), on_read)
     yield step
     while step.finish is None:
         chosen = budget if pace is None else pace.choose(1, budget)
-        [(_, step)] = loop.step(chosen, Clock(target.device, profile))
+        with target.turn:
+            [(_, step)] = loop.step(chosen, Clock(target.device, profile))
         if step.error is not None:
             raise step.error
         if pace is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -40,6 +41,8 @@ class Target:
 
     Features: `capture([2, 4, LAST])` makes both return, beside logits, the outputs of those decoder layers (counted
     from 1) concatenated on the last axis, (1, q, F * hidden_size).
+
+    Threads may decode with one target at once, each with its own twin of a drafter: they take turns, a pass each.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -61,6 +64,8 @@ class Target:
         # transformers 5.24 renamed this argument of its models' forward.
         named = "cache" in inspect.signature(self.model.forward).parameters
         self.cache_name = "cache" if named else "past_key_values"
+        self.turn = threading.RLock()
+        """Held from the choice of features to the last use of what a pass returned, which the next may overwrite."""
         self._packed = PackedLinears(m for m in self.model.modules() if type(m) is nn.Linear)
         self._captured: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
@@ -306,9 +311,10 @@ class Target:
             self.joint = self._join()
         captured = tuple(layers)
         passes = [(0, ()), *([(budget, captured)] if budget else []), *([(0, captured)] if adaptive else [])]
-        for count, captured in passes:
-            if (count, captured) not in self._compiled:
-                self._compiled[count, captured] = compiled_pass(self, count, captured)
+        with self.turn:
+            for count, captured in passes:
+                if (count, captured) not in self._compiled:
+                    self._compiled[count, captured] = compiled_pass(self, count, captured)
         return time.perf_counter() - began
 
     @torch.inference_mode()
