@@ -133,6 +133,7 @@ def train(name: str, method: Method, seed: int, options: argparse.Namespace) -> 
             "kind": method.kind,
             "drafter": own,
             "steps": options.steps,
+            "anchors": options.anchors,
             "decay": options.steps * 2 // 5,
             "dtype": options.dtype,
             "seed": seed,
@@ -241,6 +242,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=200, help="Prompts of each file.")
+    parser.add_argument("--anchors", type=int, default=64, help="Of each sequence; EAGLE learns at every position.")
     parser.add_argument("--vocabulary", type=int, default=0, help="Draft only so many tokens, all methods alike.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--train-only", action="store_true", help="Leave measuring to a later run, on a quiet machine.")
