@@ -78,12 +78,15 @@ coverage: $(STAMP)
 	@$(BIN)/python -m coverage report --skip-empty --include "*/ctc_drafter/batch.py,*/ctc_drafter/drafters/*,*/ctc_drafter/serving/*"
 
 # Needs a folder (or link) data/ with corpus/ and eval/, the files that the recipes name. A stopped step resumes.
-# The target is trained in three parts.
+# The target is trained in five parts.
 embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target.yaml
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-2.yaml
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-3.yaml
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-4.yaml
+	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-5.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
+	$(BIN)/ctc-drafter cache-features --config recipes/embedded-ctc.yaml --output runs/embedded/features
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/

@@ -20,7 +20,7 @@ everything in this package can be run offline. The target has seen few tokens fo
 (worked sums, lists, explanations of code), mostly in whole sentences, often wrong, now and then with words that do not exist. Do
 not ask it for facts, and read figures measured on it as figures of the method and the engine, not of a useful model.
 
-Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml`, `embedded-target-3.yaml`,
+Made again by `make embedded` (recipes: `recipes/embedded-target.yaml`, `embedded-target-2.yaml` to `embedded-target-5.yaml`,
 `embedded-distill.yaml`, `embedded-ctc.yaml`, `paper.yaml`).
 Weights are safetensors in bfloat16, the drafters' matrices in eight bits; licence Apache-2.0.
 
@@ -62,9 +62,11 @@ PART = """Part {number}, {tokens:,} tokens:
 | step | training | held-out |
 | --- | --- | --- |
 {losses}
-
-Then {unlikelihood} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
-greedy answers to training prompts from {loops_before:.0%} to {loops_after:.0%}. Held-out loss of the weights as written: {final:.3f}."""
+"""
+LOOPS = """
+Then {steps} steps of sequence-level unlikelihood against repeating loops (Welleck et al. 2020), which took the share of looping
+greedy answers to training prompts from {before:.0%} to {after:.0%}. Held-out loss of the weights as written: {final:.3f}.
+"""
 PACKAGES = Path(__file__).parent.parent / "recipes" / "python_functions.txt"
 
 
@@ -77,16 +79,13 @@ def runs_of(target: Path) -> list[dict[str, Any]]:
 
 
 def part(number: int, run: dict[str, Any]) -> str:
-    """The loss table of one part."""
-    return PART.format(
-        number=number,
-        tokens=run["tokens"],
-        losses="\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"]),
-        unlikelihood=len(run["unlikelihood"]) * 10,
-        loops_before=run["unlikelihood"][0]["looped"],
-        loops_after=run["unlikelihood"][-1]["looped"],
-        final=run["held_out_loss"],
-    )
+    """The loss table of one part, and what was done against loops after it."""
+    losses = "\n".join(f"| {r['step']:,} | {r['loss']:.3f} | {r['held_out']:.3f} |" for r in run["history"])
+    text = PART.format(number=number, tokens=run["tokens"], losses=losses)
+    if loops := run["unlikelihood"]:
+        before, after = loops[0]["looped"], loops[-1]["looped"]
+        text += LOOPS.format(steps=loops[-1]["step"], before=before, after=after, final=run["held_out_loss"])
+    return text
 
 
 def main(folder: Path) -> None:
@@ -115,7 +114,7 @@ def main(folder: Path) -> None:
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
         tokens=sum(run["tokens"] for run in runs),
-        parts="\n\n".join(part(i, run) for i, run in enumerate(runs, 1)),
+        parts="\n".join(part(i, run) for i, run in enumerate(runs, 1)).rstrip(),
         packages=", ".join(line.partition("==")[0] for line in PACKAGES.read_text().split()),
         drafters="\n\n".join(drafters),
         labels=", ".join(labels),
