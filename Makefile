@@ -86,7 +86,7 @@ embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-4.yaml
 	$(BIN)/ctc-drafter pretrain --config recipes/embedded-target-5.yaml
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
-	$(BIN)/ctc-drafter cache-features --config recipes/embedded-ctc.yaml --output runs/embedded/features
+	$(BIN)/ctc-drafter cache-features --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
