@@ -88,7 +88,7 @@ embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter cache-features --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
-	$(BIN)/ctc-drafter train --config recipes/paper.yaml
+	$(BIN)/ctc-drafter train --config recipes/paper.yaml --set features=runs/embedded/features
 	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
 	$(BIN)/python benchmarks/model_card.py src/ctc_drafter/embedded
 

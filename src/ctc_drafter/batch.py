@@ -171,9 +171,9 @@ class Batch:
         drafting = any(type(row.drafter) is not NoDrafter for row in self._rows.values())
         pace = self._pace if drafting else None
         budget = pace.choose(count, self.budget * self.max_rows // count) if pace else self.budget
-        began = self._clock()
         try:
             with self.target.turn:
+                began = self._clock()  # waiting for the turn is no cost of a budget
                 steps = self._loop.step(budget, Clock(self.target.device, False))
         except BaseException as error:
             if isinstance(error, Exception):
