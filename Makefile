@@ -71,7 +71,7 @@ type: $(STAMP)
 check: lint type test-all
 
 # Branches and lines of what decides the words, at least 90 % each; then what stands on it, to be seen.
-PROVEN := lattice/* tree.py acceptance.py cache.py decoding.py
+PROVEN := lattice/* tree.py acceptance.py cache.py decoding.py steps.py ending.py
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TOGETHER) tests/lattice tests/drafters tests/serving tests/test_*.py --cov=ctc_drafter --cov-branch --cov-report= $(ARGS)
 	@$(foreach room,$(PROVEN),$(BIN)/python -m coverage report --fail-under 90 --show-missing --include "*/ctc_drafter/$(room)" &&) true

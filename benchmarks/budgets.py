@@ -23,8 +23,9 @@ from ctc_drafter.bench.measure import encode
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import DEFAULT, Drafter, load_drafter
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 
 Recorded = tuple[list[float], list[int], float]

@@ -19,8 +19,9 @@ from common import about, add_common
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.bench.sheets import COLOURS, PHASE_COLOURS, STYLE
 from ctc_drafter.cli.options import plain_errors
-from ctc_drafter.decoding import PHASES, Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
+from ctc_drafter.steps import PHASES, Step
 from ctc_drafter.target import Target
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import TEXTS
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from ctc_drafter.training import loop
 from ctc_drafter.training.tokenizer import train_tokenizer

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from conftest import build_drafter
 from ctc_drafter.acceptance import Chooser, Sampling
 from ctc_drafter.batch import Batch
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.drafters.hybrid import HybridDrafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from helpers import (
     BUILDS,

@@ -13,9 +13,10 @@ import torch
 
 from conftest import TEXTS, build_drafter
 from ctc_drafter.batch import Batch
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import LOOKUP, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
 from helpers import (

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from conftest import CONTEXT
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.pace import Pace
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target, compiled, packing
 from ctc_drafter.tree import DraftTree
 from helpers import MIXED, save_model

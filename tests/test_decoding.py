@@ -13,10 +13,11 @@ import torch
 
 from conftest import CONTEXT, TEXTS, build_drafter
 from ctc_drafter.acceptance import Sampling
-from ctc_drafter.decoding import PHASES, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.pace import Pace
+from ctc_drafter.steps import PHASES
 from ctc_drafter.target import Target
 from helpers import (
     BUILDS,

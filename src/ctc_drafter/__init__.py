@@ -15,10 +15,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .acceptance import Sampling
     from .batch import Batch
-    from .decoding import Step, generate
+    from .decoding import generate
     from .drafters import Drafter, load_drafter
     from .errors import UserError
     from .pace import Pace
+    from .steps import Step
     from .target import Target
     from .tree import DraftTree
 
@@ -28,7 +29,7 @@ _HOMES = {
     "Drafter": "drafters",
     "Pace": "pace",
     "Sampling": "acceptance",
-    "Step": "decoding",
+    "Step": "steps",
     "Target": "target",
     "UserError": "errors",
     "generate": "decoding",

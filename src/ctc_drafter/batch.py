@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .acceptance import Sampling
-from .decoding import Clock, Ending, Loop, Row, Step
+from .decoding import Loop, Row
 from .drafters import Drafter, NoDrafter
+from .ending import Ending
 from .errors import UserError
 from .memory import row_context
 from .pace import Pace
+from .steps import Clock, Step
 from .target import Target
 from .target.prefixes import Prefixes
 

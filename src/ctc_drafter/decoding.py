@@ -4,90 +4,26 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .acceptance import Chooser, Sampling, accepted_paths, largest
 from .cache import SlotCache
+from .ending import Ending
 from .errors import UserError
 from .logprobs import LogProb, log_probs_of
 from .memory import check_fits, spare
 from .pace import Pace
+from .steps import Clock, Step
 from .target import Target
 from .target.prefixes import Prefixes
 from .tree import DraftTree
 
 if TYPE_CHECKING:
     from .drafters import Drafter
-
-PHASES = ("draft", "tree", "score", "accept", "commit")
-
-
-@dataclass
-class Step:
-    """What one pass of the target produced."""
-
-    tokens: list[int]
-    """New tokens, the last one not from the draft; cut at a stop."""
-    accepted: int
-    """Emitted tokens that the draft had guessed."""
-    drafted: int
-    """Draft nodes scored."""
-    seconds: dict[str, float]
-    """Time by phase: `prefill` for the first step, else those of PHASES."""
-    finish: str | None = None
-    """`stop` or `length` on the last step; `error` if a row of a batch could not go on."""
-    tree: DraftTree | None = None
-    """The draft tree that was scored; None for the first step, which reads the prompt."""
-    error: Exception | None = None
-    """Why, if `finish` is `error`."""
-    log_probs: list[LogProb] | None = None
-    """Of each of `tokens`, if they were asked for."""
-    nodes: Sequence[int] = ()
-    """Of `tree`, those that came true, from the root down; with a stop among `tokens` some may be behind it."""
-
-    @property
-    def ranks(self) -> list[int]:
-        """The places of `nodes` among all of the tree by falling probability; without probabilities, the nodes."""
-        if self.tree is None or self.tree.log_probs is None:
-            return list(self.nodes)
-        worth = self.tree.log_probs[0].tolist()
-        return [sum(p > worth[node] for p in worth) + worth[:node].count(worth[node]) for node in self.nodes]
-
-    def tokens_within(self, budgets: Sequence[int]) -> dict[int, int]:
-        """How many `tokens` there would be with only the best so many nodes of the tree, for each of the budgets."""
-        # A parent comes before its child and is no less probable, so ranks rise along the path.
-        ranks, most = self.ranks, len(self.tokens)
-        return {b: min(most, 1 + sum(rank < b for rank in ranks)) for b in budgets}
-
-    @classmethod
-    def failed(cls, error: Exception) -> Step:
-        """The last step of a row that cannot go on."""
-        return cls([], 0, 0, {}, "error", error=error)
-
-
-class Clock:
-    """Seconds between laps; waits for a GPU only when asked to, since waiting costs time itself."""
-
-    def __init__(self, device: torch.device, wait: bool) -> None:
-        self._wait = wait and device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self._last = self._now()
-
-    def _now(self) -> float:
-        if self._wait:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = self._now()
-        self.seconds[phase] = now - self._last
-        self._last = now
 
 
 class Row:
@@ -344,56 +280,3 @@ def generate(
         if pace is not None:
             pace.learn(chosen, [step], sum(step.seconds.values()))
         yield step
-
-
-class Ending:
-    """Cuts new tokens at a stop id, a stop string, or the token limit, and says which."""
-
-    def __init__(self, target: Target, stop: Sequence[str], limit: int) -> None:
-        self.limit = limit
-        self._target = target
-        self._stop = [s for s in stop if s]
-        # Readers see no special tokens, so only a stop string that names one is sought in the text that has them.
-        self._special = [s for s in self._stop if any(name in s for name in _special_tokens(target.tokenizer))]
-        self._tokens: list[int] = []
-        # A token holds at least one byte, and a stop string may begin inside an earlier token.
-        self._window = max((len(s.encode()) for s in self._stop), default=0) + 8
-
-    @classmethod
-    def of(cls, target: Target, prompt_ids: list[int], max_new_tokens: int, stop: Sequence[str]) -> Ending:
-        """The ending of an answer to this prompt. Raises UserError if it is empty or leaves no room in the context."""
-        if not prompt_ids:
-            raise UserError("The prompt is empty; give at least one token.")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-        room = target.max_context - len(prompt_ids)
-        if room <= 0:
-            raise UserError(
-                f"The prompt has {len(prompt_ids)} tokens and "
-                f"the context of '{target.name}' ends at {target.max_context}; shorten it."
-            )
-        return cls(target, stop, min(max_new_tokens, room))
-
-    def cut(self, tokens: list[int]) -> tuple[list[int], str | None]:
-        """The part of `tokens` that is emitted, and why generation ends there (None: it goes on)."""
-        for i, token in enumerate(tokens, 1):
-            self._tokens.append(token)
-            if token in self._target.stop_ids or self._stopped():
-                return tokens[:i], "stop"
-            if len(self._tokens) >= self.limit:
-                return tokens[:i], "length"
-        return tokens, None
-
-    def _stopped(self) -> bool:
-        if not self._stop:
-            return False
-        tail, decode = self._tokens[-self._window :], self._target.tokenizer.decode
-        shown = decode(tail, skip_special_tokens=True)
-        if any(s in shown for s in self._stop):
-            return True
-        whole = decode(tail) if self._special else ""
-        return any(s in whole for s in self._special)
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -7,12 +7,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .decoding import Step
+from .steps import Step
 
 WINDOW = 9
 """Passes over which the median time is taken: one that was disturbed does not count."""

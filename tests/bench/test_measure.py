@@ -22,11 +22,11 @@ from ctc_drafter.bench.measure import (
     totals,
 )
 from ctc_drafter.bench.prompts import Prompt
-from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import load_drafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.loops import ends_in_loop
 from ctc_drafter.pace import Pace
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from ctc_drafter.tree import DraftTree
 

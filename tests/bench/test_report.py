@@ -19,8 +19,8 @@ from ctc_drafter.bench.measure import Result
 from ctc_drafter.bench.results import document, write_json
 from ctc_drafter.bench.sheets import PHASE_COLOURS, Sheets
 from ctc_drafter.cli import app
-from ctc_drafter.decoding import PHASES
 from ctc_drafter.errors import UserError
+from ctc_drafter.steps import PHASES
 from ctc_drafter.words import duration
 
 TARGET = {"name": "tiny", "dtype": "float32", "device": "cpu", "parameters": 12_000_000}

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctc_drafter.batch import Batch
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, HybridDrafter, LookupDrafter, NoDrafter, load_drafter
 from ctc_drafter.drafters.hybrid import REACHED, WEIGHT, Promise, with_path
 from ctc_drafter.drafters.lookup import MAX_LENGTH, NEAREST
 from ctc_drafter.pace import Pace
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from ctc_drafter.tree import ROOT, DraftTree
 

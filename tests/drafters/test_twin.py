@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from conftest import build_drafter
-from ctc_drafter.decoding import Step, generate
+from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import DRAFTERS, Drafter, TrainableDrafter, load_drafter
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 
 QUESTIONS = ["How many apples are left?", "def add(a, b):"]

@@ -15,8 +15,8 @@ import pytest
 
 from ctc_drafter.acceptance import Sampling
 from ctc_drafter.batch import Batch
-from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import Drafter, NoDrafter
+from ctc_drafter.steps import Step
 from helpers import CAPABLE, CONTEXT, Scripted, always_right, first_with, plain, random_tree, run
 
 from .drafters import KINDS, NAMES, REPEATED, WITH_LOOKUP, maker, trained

@@ -18,11 +18,11 @@ import pytest
 from ctc_drafter.acceptance import Sampling
 from ctc_drafter.batch import Batch
 from ctc_drafter.cli.serving import load_scheduler
-from ctc_drafter.decoding import Step
 from ctc_drafter.drafters import Drafter, LookupDrafter, NoDrafter
 from ctc_drafter.serving.scheduler import Busy, Draining, Failed, Job, Scheduler, Submission, TimedOut
 from ctc_drafter.serving.server import warm_up
 from ctc_drafter.serving.worker import Worker
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 from live import QUESTIONS, BrokenDrafter, PacedDrafter, chat_ids, tokens_of
 

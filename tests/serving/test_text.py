@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctc_drafter.decoding import Ending, Step
+from ctc_drafter.ending import Ending
 from ctc_drafter.serving.text import AnswerText
+from ctc_drafter.steps import Step
 from ctc_drafter.target import Target
 
 ALPHABET = "ab \nné你好🙂🚀\u200d"

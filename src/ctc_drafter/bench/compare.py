@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..decoding import PHASES
 from ..errors import UserError
 from ..files import RESULT_KIND
 from ..jsonl import read_json
+from ..steps import PHASES
 from ..words import counted
 from .kinds import ANY, COUNT, NUMBER, REAL, TEXT, Every, Maybe, Shape, flaw
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..decoding import PHASES
 from ..errors import UserError
 from ..files import write_text
+from ..steps import PHASES
 from ..words import counted, duration, number, percent, size
 from .compare import (
     Comparison,

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from ..acceptance import Sampling
-from ..decoding import PHASES, Step, generate
+from ..decoding import generate
 from ..drafters import Drafter, load_drafter
 from ..errors import UserError
 from ..loops import ends_in_loop
 from ..pace import Pace
+from ..steps import PHASES, Step
 from ..target import Target
 from ..tree import DraftTree
 from .prompts import Prompt

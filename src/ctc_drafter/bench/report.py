@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..decoding import PHASES
+from ..steps import PHASES
 from ..words import counted, number, percent, size
 from .measure import Result
 

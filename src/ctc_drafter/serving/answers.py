@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from .. import __version__
 from ..bench.measure import Answer, tau_of
-from ..decoding import Step
 from ..logprobs import LogProb
+from ..steps import Step
 from ..target import Target
 from .scheduler import Submission
 from .text import AnswerText, Piece

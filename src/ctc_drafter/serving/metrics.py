@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..bench.measure import tau_of
-from ..decoding import Step
+from ..steps import Step
 from .answers import Reply, Said
 from .scheduler import Scheduler
 

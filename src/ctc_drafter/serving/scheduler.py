@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from ..acceptance import Sampling
 from ..batch import Batch
-from ..decoding import Step
 from ..drafters import Drafter
 from ..errors import UserError
+from ..steps import Step
 from ..target import Target
 from .worker import Worker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..decoding import Step
+from ..steps import Step
 from ..streaming import TextStream
 
 

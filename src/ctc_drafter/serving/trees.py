@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..decoding import Step
+from ..steps import Step
 from ..tree import ROOT
 
 
