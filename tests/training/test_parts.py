@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import TEXTS
+from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
 from ctc_drafter.training.checkpoint import load_training_state, save_training_state
 from ctc_drafter.training.optim import learning_rate_factor, make_optimizers, set_learning_rates
@@ -26,12 +27,14 @@ def test_schedule_is_a_trapezoid() -> None:
     assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
-def test_matrices_of_layers_go_to_muon() -> None:
-    names = {"layers.0.q": (4, 4), "embed": (9, 4), "layers.0.norm": (4,), "layers.1.down": (4, 6)}
-    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in names.items()}
+def test_matrices_of_linear_layers_go_to_muon() -> None:
+    inner = {"layers.0.q.weight": (4, 4), "layers.1.down.weight": (4, 6), "module.fuse.weight": (4, 8)}
+    other = {"model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4), "module.slot_embedding": (5, 4)}
+    other |= {"blank": (1, 4), "layers.0.norm.weight": (4,)}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in (inner | other).items()}
     muon, adam = make_optimizers(parameters, 1e-2, 1e-3, 0.0)
-    assert {p.shape for p in muon.param_groups[0]["params"]} == {(4, 4), (4, 6)}
-    assert {p.shape for p in adam.param_groups[0]["params"]} == {(9, 4), (4,)}
+    assert [p.shape for p in muon.param_groups[0]["params"]] == list(inner.values())
+    assert [p.shape for p in adam.param_groups[0]["params"]] == list(other.values())
     set_learning_rates([muon, adam], (1e-2, 1e-3), 0.5)
     assert [o.param_groups[0]["lr"] for o in (muon, adam)] == [5e-3, 5e-4]
 
@@ -41,7 +44,7 @@ def test_state_round_trip(tmp_path: Any) -> None:
 
     def fresh() -> tuple[dict[str, torch.Tensor], list[torch.optim.Optimizer]]:
         torch.manual_seed(0)
-        shapes = {"layers.0.q": (4, 4), "norm": (4,)}
+        shapes = {"layers.0.q.weight": (4, 4), "norm": (4,)}
         weights = {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
         return weights, make_optimizers(weights, 1e-2, 1e-2, 0.1)
 
@@ -59,6 +62,19 @@ def test_state_round_trip(tmp_path: Any) -> None:
     assert load_training_state(tmp_path / "s", *others) == {"step": 2, "history": [], "note": "x"}
     step(*others)
     assert all(torch.equal(others[0][name], w) for name, w in weights.items())
+
+
+def test_state_of_other_optimizers_is_refused(tmp_path: Any) -> None:
+    weights = {name: torch.randn(4, 4).requires_grad_() for name in ("layers.0.q.weight", "fuse")}
+    optimizers = make_optimizers(weights, 1e-2, 1e-2, 0.0)
+    for w in weights.values():
+        w.grad = w.detach()
+    for optimizer in optimizers:
+        optimizer.step()
+    save_training_state(tmp_path / "s", weights, optimizers, {"step": 1, "history": []})
+    moved: list[torch.optim.Optimizer] = [torch.optim.Muon(list(weights.values()))]
+    with pytest.raises(UserError, match=r"'fuse'.*start anew"):
+        load_training_state(tmp_path / "s", weights, moved)
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", " ", "\n\n\t x", "12345 1,000.5", "ﷺ\u0000\u200b"])

@@ -48,9 +48,10 @@ def save_training_state(
     """Write weights, optimizer tensors and `meta` (JSON) under the folder `path`, atomically."""
     tensors = {f"weight/{name}": tensor.detach().contiguous() for name, tensor in weights.items()}
     for i, optimizer in enumerate(optimizers):
+        names = _names(weights, optimizer)
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                tensors[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value).detach().contiguous()
+                tensors[f"optimizer/{i}/{names[index]}/{key}"] = torch.as_tensor(value).detach().contiguous()
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / "state.safetensors")
@@ -72,7 +73,7 @@ def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimiz
         with torch.no_grad():
             for name, tensor in weights.items():
                 tensor.copy_(tensors[f"weight/{name}"])
-        _load_optimizers(tensors, optimizers)
+        _load_optimizers(tensors, weights, optimizers)
     except Exception as error:
         raise UserError(
             f"Training state '{path}' does not fit or is damaged ({error}); remove it to start anew."
@@ -80,11 +81,23 @@ def load_training_state(path: Path, weights: Mapping[str, torch.Tensor], optimiz
     return meta
 
 
-def _load_optimizers(tensors: Mapping[str, torch.Tensor], optimizers: Optimizers) -> None:
-    for i, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer/{i}/"):
-                _, _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = tensor
+def _names(weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of what the optimizer updates, in its own order."""
+    name_of = {id(w): name for name, w in weights.items()}
+    return [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _load_optimizers(
+    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], optimizers: Optimizers
+) -> None:
+    names = [_names(weights, optimizer) for optimizer in optimizers]
+    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimizers]
+    for entry, tensor in tensors.items():
+        if entry.startswith("optimizer/"):
+            _, number, name, key = entry.split("/")
+            i = int(number)
+            if i >= len(names) or name not in names[i]:
+                raise ValueError(f"another version of ctc-drafter gave '{name}' to another optimizer")
+            states[i].setdefault(names[i].index(name), {})[key] = tensor
+    for optimizer, state in zip(optimizers, states):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -47,12 +47,12 @@ class TrainConfig:
     skip_bad_shards: bool = False
     """Go on without the sequences in damaged shards of `features`."""
     lr_matrix: float = 4e-3
-    """Learning rate of the matrices inside layers, by Muon."""
+    """Learning rate of the matrices of linear layers, by Muon."""
     lr_other: float = 1e-3
     """Learning rate of everything else, by AdamW."""
     weight_decay: float = 0.0
     schedule: Literal["trapezoid", "cosine"] = "trapezoid"
-    warmup: int = 50
+    warmup: int = 20
     """First steps, over which the learning rate rises linearly."""
     decay: int = 400
     """Last steps, over which the trapezoid's learning rate falls linearly to zero."""

@@ -13,14 +13,19 @@ from torch import nn
 def make_optimizers(
     parameters: Mapping[str, torch.Tensor], lr_matrix: float, lr_other: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for matrices inside layers, if there are any, and AdamW for everything else."""
-    inner = {name for name, p in parameters.items() if "layers." in name and p.ndim == 2}
+    """Muon (Jordan et al. 2024) for the matrices of linear layers, if there are any, and AdamW for everything else."""
+    inner = {name for name, p in parameters.items() if p.ndim == 2 and _is_linear(name)}
     matrices = [p for name, p in parameters.items() if name in inner]
     others = [p for name, p in parameters.items() if name not in inner]
     adamw = torch.optim.AdamW(others, lr=lr_other, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if not matrices:
         return [adamw]
     return [torch.optim.Muon(matrices, lr=lr_matrix, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a matrix of this name is of a linear layer inside: no table of tokens, and no parameter by itself."""
+    return name.endswith(".weight") and not any(table in name for table in ("embed", "lm_head"))
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], rates: tuple[float, float], factor: float) -> None:

@@ -1,6 +1,6 @@
 """Train a small target from scratch: corpus -> tokenizer -> packed blocks -> Llama weights.
 
-This is what made the embedded target. Muon for the matrices inside the layers, AdamW for the embedding and norms,
+This is what made the embedded target. Muon for the matrices of the layers, AdamW for the embedding and norms,
 a trapezoid learning rate (warm-up, constant, linear decay), bf16 weights with fp32 masters.
 """
 
