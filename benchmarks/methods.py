@@ -82,7 +82,9 @@ IDEAS: dict[str, Method] = {
     "six-labels": Method("ctc", {**OURS, "slots": 7, "labels": 6}),
     "eight-slots": Method("ctc", {**OURS, "slots": 8}),
     "twelve-slots": Method("ctc", {**OURS, "slots": 12}),
-    "decay-1": Method("ctc", {**OURS, "decay": 1.0}),
+    "decay-0.8": Method("ctc", {**OURS, "decay": 0.8, "reach": 0.0}),
+    "reach-0": Method("ctc", {**OURS, "reach": 0.0}),
+    "reach-1": Method("ctc", {**OURS, "reach": 1.0}),
     "rank-32": Method("ctc", {**OURS, "context_rank": 32}),
     "anchors-24": Method("ctc", OURS, {"anchors": 24}),
     "anchors-128": Method("ctc", OURS, {"anchors": 128}),
@@ -133,6 +135,7 @@ def train(name: str, method: Method, seed: int, options: argparse.Namespace) -> 
             "kind": method.kind,
             "drafter": own,
             "steps": options.steps,
+            "batch": options.batch,
             "anchors": options.anchors,
             "decay": options.steps * 2 // 5,
             "dtype": options.dtype,
@@ -221,7 +224,9 @@ def summary(measured: dict[Pair, Path], options: argparse.Namespace) -> None:
             f"{name:<28} {budget:>3}  tau {row['mean_tau']:.3f} (spread {row['spread_tau']:.3f})"
             f"  speedup {row['mean_speedup']:.2f}  identical {sum(row['identical'])}/{sum(row['answers'])}"
         )
-    write_json(options.json, {**about(), "steps": options.steps, "seeds": options.seeds, "rows": rows})
+    write_json(
+        options.json, {**about(), "steps": options.steps, "batch": options.batch, "seeds": options.seeds, "rows": rows}
+    )
     print(f"Result: {options.json}")
 
 
@@ -237,6 +242,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--features", help="Keep the target's features here: it runs over the data once.")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16, help="Sequences in a step.")
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at once; each has its share of the cores.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[4, 8, 16, 32, 64])

@@ -361,6 +361,7 @@ def test_without_label_context_the_draft_ignores_what_was_said(target: Target) -
         {"path_top_k": -1},
         {"context_rank": 0},
         {"decay": -0.5},
+        {"reach": 1.5},
     ],
 )
 def test_impossible_configs(bad: dict[str, Any]) -> None:

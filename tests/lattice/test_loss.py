@@ -169,6 +169,28 @@ def test_prefix_objective_by_hand():
         loss.prefix_objective(prefix, 0.0)
 
 
+@pytest.mark.parametrize("reach", [0.0, 0.5, 1.0])
+def test_each_label_weighs_what_reaches_it(reach):
+    conditional = torch.tensor([[0.5, 0.8, 0.25], [0.9, 0.1, 0.7]], dtype=torch.float64).log().requires_grad_()
+    before = torch.tensor([[1.0, 0.5, 0.4], [1.0, 0.9, 0.09]], dtype=torch.float64)
+    weights = before**reach * torch.tensor([1.0, 0.9, 0.81], dtype=torch.float64)
+    weights = weights / weights.sum(1, keepdim=True)
+    got = loss.prefix_objective(conditional.cumsum(1), 0.9, reach=reach)
+    torch.testing.assert_close(got, -(weights * conditional).sum(1))
+    got.sum().backward()
+    torch.testing.assert_close(conditional.grad, -weights)  # no gradient through the weights
+    with pytest.raises(ValueError, match="reach"):
+        loss.prefix_objective(conditional.cumsum(1), 0.9, reach=-1.0)
+
+
+def test_reach_goes_on_behind_impossible_labels():
+    prefix = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64).log().requires_grad_()
+    got = loss.prefix_objective(prefix, 1.0, reach=0.5)
+    torch.testing.assert_close(got, torch.tensor([math.log(2), 0.0], dtype=torch.float64))
+    got.sum().backward()
+    assert prefix.grad.isfinite().all()
+
+
 def test_labels_beyond_lengths_have_no_gradient():
     emit = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
     prefix, _ = loss.merge_prefix_log_probs(emit, torch.randn(1, 4, dtype=torch.float64), torch.tensor([[0, 1, 2]]))

@@ -32,7 +32,7 @@ class CTCConfig(SlotConfig):
     topology: Literal["merge", "label-context"] = "label-context"
     """What a path of slots says, see CTCDrafter."""
     objective: Literal["prefix", "label"] = "prefix"
-    """Trained on the probability of every prefix of the next tokens, weighted by `decay`; or of all of them at once."""
+    """Trained on the probability of every prefix of the next tokens (see `decay` and `reach`); or of all at once."""
     tree: Literal["prefix", "paths", "slots"] = "prefix"
     """Best exact prefixes; or the paper's: most probable slot paths, collapsed; or every slot a token, no collapse."""
     path_count: int = 64
@@ -90,7 +90,9 @@ class CTCDrafter(SlotDrafter):
         slots, roots = self.slots_at(features, token_ids, anchors)
         labels, rows, lengths = self.label_rows(labels)
         prefix, label_loss = self.in_pieces(self._scores, slots, roots, labels, rows, lengths)
-        loss = prefix_objective(prefix, self.config.decay, lengths) if self.config.objective == "prefix" else label_loss
+        loss = label_loss
+        if self.config.objective == "prefix":
+            loss = prefix_objective(prefix, self.config.decay, lengths, self.config.reach)
         usable, metrics = expected_acceptance(prefix, lengths)
         return (loss * usable).sum() / usable.sum().clamp_min(1), metrics
 

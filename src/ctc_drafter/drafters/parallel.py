@@ -49,7 +49,7 @@ class ParallelDrafter(SlotDrafter):
         slots, roots = self.slots_at(features, token_ids, anchors)
         labels, rows, lengths = self.label_rows(labels)
         (prefix,) = self.in_pieces(self.prefix_scores, slots, roots, labels, rows, lengths)
-        loss = prefix_objective(prefix, self.config.decay, lengths)
+        loss = prefix_objective(prefix, self.config.decay, lengths, self.config.reach)
         usable, metrics = expected_acceptance(prefix, lengths)
         return (loss * usable).sum() / usable.sum().clamp_min(1), metrics
 

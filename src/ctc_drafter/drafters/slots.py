@@ -53,8 +53,10 @@ class SlotConfig:
     """Rank of the label context, where there is one."""
     feature_layers: list[int] = field(default_factory=lambda: [LAST])
     """Target layers whose outputs are read, counted from 1; -1 is what the LM head reads."""
-    decay: float = 0.8
-    """Weight of the k-th label in the loss: decay^(k-1)."""
+    decay: float = 1.0
+    """Weight of the k-th label in the loss: decay^(k-1) * P(labels before it)^reach."""
+    reach: float = 0.5
+    """See `decay`: above 0, a label counts for less where those before it are unlikely to be accepted."""
     pool: int = 256
     """Tokens that the tree search considers."""
     vocabulary: int = 0
@@ -75,6 +77,8 @@ class SlotConfig:
             raise ValueError("context_rank and pool must be at least 1")
         if not 0 < self.decay <= 1:
             raise ValueError("decay must be in (0, 1]")
+        if not 0 <= self.reach <= 1:
+            raise ValueError("reach must be in [0, 1]")
 
 
 class SlotDrafter(TrainableDrafter):

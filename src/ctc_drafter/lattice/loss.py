@@ -105,23 +105,29 @@ def context_log_normalizers(slot_logits: Tensor, context_logits: Tensor) -> Tens
     return total.clamp_min(torch.finfo(dtype).tiny).log() + slot_max + context_max.transpose(1, 2)
 
 
-def prefix_objective(prefix_log_probs: Tensor, decay: float, lengths: Tensor | None = None) -> Tensor:
+def prefix_objective(
+    prefix_log_probs: Tensor, decay: float, lengths: Tensor | None = None, reach: float = 0.0
+) -> Tensor:
     """Weighted mean of the conditional surprises -log P(y_k accepted | y_1..y_{k-1} accepted), in nats: (A, L) -> (A,).
 
-    Weight decay^(k-1): 1 counts all labels alike; below 1 favours the first, which every accepted run needs. Labels
-    beyond ``lengths`` (A,) and prefixes of probability 0, which no gradient can reach, carry no loss and no weight; an
-    anchor left without labels has loss 0. Raises ValueError if decay is not positive.
+    Weight decay^(k-1) * P(y_1..y_{k-1})^reach, whose gradient is not taken. Decay 1 counts all labels alike; below 1
+    favours the first, which every accepted run needs. Reach 1 counts a label as often as the labels before it are
+    accepted: where the first is hard, all else waits. Labels beyond ``lengths`` (A,) and prefixes of probability 0,
+    which no gradient can reach, carry no loss and no weight; an anchor left without labels has loss 0. Raises
+    ValueError if decay is not positive or reach is negative.
     """
-    if decay <= 0:
-        raise ValueError(f"decay must be positive, got {decay}")
+    if decay <= 0 or reach < 0:
+        raise ValueError(f"decay must be positive and reach not negative, got {decay} and {reach}")
     count = prefix_log_probs.shape[1]
     steps = torch.arange(count, device=prefix_log_probs.device)
     valid = prefix_log_probs > NEG_INF
     if lengths is not None:
         valid = valid & (steps < lengths.unsqueeze(1))
     reached = prefix_log_probs.masked_fill(~valid, 0.0)
-    conditional = reached - F.pad(reached[:, :-1], (1, 0))
+    before = F.pad(reached[:, :-1], (1, 0))
+    conditional = reached - before
     weights = valid * torch.pow(torch.as_tensor(decay, dtype=reached.dtype, device=steps.device), steps)
+    weights = weights * (reach * before.detach()).exp()
     tiny = torch.finfo(reached.dtype).tiny
     return -(weights * conditional).sum(1) / weights.sum(1).clamp_min(tiny)
 
