@@ -53,9 +53,9 @@ class SlotConfig:
     """Rank of the label context, where there is one."""
     feature_layers: list[int] = field(default_factory=lambda: [LAST])
     """Target layers whose outputs are read, counted from 1; -1 is what the LM head reads."""
-    decay: float = 1.0
+    decay: float = 0.8
     """Weight of the k-th label in the loss: decay^(k-1) * P(labels before it)^reach."""
-    reach: float = 0.5
+    reach: float = 0.0
     """See `decay`: above 0, a label counts for less where those before it are unlikely to be accepted."""
     pool: int = 256
     """Tokens that the tree search considers."""
