@@ -88,8 +88,10 @@ embedded: $(STAMP) runs/embedded/functions.jsonl
 	$(BIN)/ctc-drafter distill --config recipes/embedded-distill.yaml
 	$(BIN)/ctc-drafter cache-features --config recipes/embedded-ctc.yaml
 	$(BIN)/ctc-drafter train --config recipes/embedded-ctc.yaml
+	$(BIN)/ctc-drafter train --config recipes/embedded-ctc-2.yaml
 	$(BIN)/ctc-drafter train --config recipes/paper.yaml --set features=runs/embedded/features
-	cp -r runs/embedded/target runs/embedded/ctc runs/embedded/paper src/ctc_drafter/embedded/
+	cp -r runs/embedded/target runs/embedded/paper src/ctc_drafter/embedded/
+	cp runs/embedded/ctc-2/* src/ctc_drafter/embedded/ctc/
 	$(BIN)/python benchmarks/model_card.py src/ctc_drafter/embedded
 
 runs/embedded/functions.jsonl: recipes/python_functions.txt recipes/python_functions.py | $(STAMP)
