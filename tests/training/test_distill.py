@@ -16,6 +16,7 @@ from ctc_drafter.cli import app
 from ctc_drafter.drafters import NoDrafter
 from ctc_drafter.errors import UserError
 from ctc_drafter.target import Target
+from ctc_drafter.training.data import SPLIT
 from ctc_drafter.training.distill import DistillConfig, distill
 from helpers import refused, run
 
@@ -78,6 +79,59 @@ def test_resuming_after_a_kill(kept: int, temperature: float, recipe: DistillCon
     assert output.read_text() == "".join(lines)
 
 
+@pytest.fixture
+def chats(recipe: DistillConfig, tmp_path: Path) -> DistillConfig:
+    """Rows of one to three questions, as turns and as messages with answers of somebody else."""
+    said = [("user", "Ho"), ("assistant", "!"), ("user", "And?"), ("assistant", "!"), ("user", "So?")]
+    rows: list[dict[str, Any]] = [{"turns": [f"Question {i}", "Why?", "Really?"][: 1 + i % 3]} for i in range(9)]
+    rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(recipe, prompts=[str(tmp_path / "chats.jsonl")], turns=3)
+
+
+def test_later_questions_come_after_the_targets_own_answers(chats: DistillConfig, target: Target) -> None:
+    rows = rows_of(distill(chats))
+    assert len(rows) == 10 + 7 + 4 == len({row["id"] for row in rows})
+    messages = [{"role": "user", "content": "Ho"}]
+    for question in ("And?", "So?", None):
+        [row] = [row for row in rows if row["prompt_ids"] == target.prompt_ids(messages)]
+        assert row["answer_ids"] == run(target, NoDrafter(), row["prompt_ids"], TOKENS)[0]
+        messages += [{"role": "assistant", "content": row["answer"]}, {"role": "user", "content": question or ""}]
+    assert rows[:10] == rows_of(distill(replace(chats, turns=1, output=chats.output + "1")))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kept", [4, 10, 14, 17, 20])
+def test_later_turns_resume_after_a_kill(kept: int, temperature: float, chats: DistillConfig) -> None:
+    chats = replace(chats, temperature=temperature, batch=1)
+    output = distill(chats)
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:kept]) + lines[kept][:23])
+    distill(chats)
+    assert output.read_text() == "".join(lines)
+
+
+def test_more_turns_go_on_from_fewer(chats: DistillConfig) -> None:
+    once = distill(replace(chats, output=chats.output + "1")).read_text()
+    distill(replace(chats, turns=1))
+    assert distill(chats).read_text() == once
+
+
+def test_all_turns_of_a_chat_are_held_out_together(chats: DistillConfig) -> None:
+    rows = rows_of(distill(chats))
+    firsts = {int(row["id"], 16) % SPLIT for row in rows[:10]}
+    assert len(firsts) == 10 and all(int(row["id"], 16) % SPLIT in firsts for row in rows[10:])
+
+
+def test_later_questions_may_be_excluded_and_too_long(chats: DistillConfig, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text('{"turns": ["Really?"]}\n')
+    rows = rows_of(distill(replace(chats, exclude=[str(tmp_path / "eval.jsonl")])))
+    assert len(rows) == 7 + 4 + 1  # the three rows that ask it are gone, those with other questions stay
+    longest = max(len(row["prompt_ids"]) for row in rows[:7])
+    few = rows_of(distill(replace(chats, max_prompt_tokens=longest, output=chats.output + "2")))
+    assert len(few) < 21 and all(len(row["prompt_ids"]) <= longest for row in few)
+
+
 def test_sampling_depends_on_the_seed(recipe: DistillConfig, tmp_path: Path) -> None:
     def answers(seed: int, name: str) -> list[Any]:
         out = distill(replace(recipe, temperature=1.0, seed=seed, output=str(tmp_path / name), limit=4))
@@ -98,6 +152,7 @@ def test_every_seed_that_torch_takes_is_one(seed: int, recipe: DistillConfig) ->
         ({"request_timeout": 0.0}, "request_timeout more than 0"),
         ({"api_base": None, "api_chat": True}, "api_"),
         ({"seed": 2**64}, "seed must be at least"),
+        ({"turns": 0}, "turns must be positive"),
         ({"mixture": {"a": -0.5}}, "shares of mixture must be finite and not negative"),
         ({"mixture": {"a": float("nan")}}, "shares of mixture must be finite and not negative"),
     ],

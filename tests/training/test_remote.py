@@ -90,6 +90,17 @@ def test_same_rows_as_here(
     assert "tokens/s" in out and "survive" not in out and "left out" not in out
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_later_turns_are_those_of_here(
+    chat: bool, recipe: DistillConfig, server: FakeServer, tmp_path: Path
+) -> None:
+    rows = [{"turns": [f"Question {i}", "Why?", "Really?"]} for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = replace(recipe, turns=2)
+    here = rows_of(distill(replace(recipe, api_base=None, output=str(tmp_path / "here.jsonl"))))
+    assert rows_of(distill(replace(recipe, api_chat=chat))) == here and len(here) == 12
+
+
 def test_text_is_tokenized_again(
     recipe: DistillConfig, server: FakeServer, expected: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,9 @@ def distill(
         int | None,
         typer.Option("--limit", min=1, help="Only the first so many prompts that fit, of all files together."),
     ] = None,
+    turns: Annotated[
+        int | None, typer.Option("--turns", min=1, help="Questions of a row to ask, one after another; 1 unless given.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="JSONL of prompts not to use; repeatable.")
@@ -55,7 +58,7 @@ def distill(
     from ..training.distill import distill as run
 
     given: dict[str, Any] = {"target": target, "prompts": prompts, "output": output, "max_new_tokens": max_new_tokens}
-    given |= {"batch": batch, "limit": limit, "temperature": temperature}
+    given |= {"batch": batch, "limit": limit, "turns": turns, "temperature": temperature}
     given |= {"trust_remote_code": trust_remote_code or None}
     given |= {"exclude": exclude, "api_base": api_base, "api_key_env": api_key_env, "api_model": api_model}
     given |= {"api_chat": api_chat, "concurrency": concurrency}

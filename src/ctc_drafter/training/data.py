@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from ..jsonl import read_jsonl
 
 OVERLAP = 13
 """Words in a row that a text may not share with an excluded prompt."""
+SPLIT = 10_000
+"""Rows are held out by their key's remainder after division by this."""
 
 
 def messages_of(row: dict[str, Any], where: str) -> list[dict[str, str]]:
@@ -38,6 +40,8 @@ class Prompt(NamedTuple):
     messages: list[dict[str, str]]
     ids: list[int]
     """The chat with the generation prompt."""
+    later: tuple[str, ...] = ()
+    """Questions to ask after the answer, one after another."""
 
     def row(self, answer_ids: list[int], answer: str, prompt_ids: list[int] | None = None) -> dict[str, Any]:
         """One line of a distilled data set; `prompt_ids` are those that were answered, if not this prompt's own."""
@@ -57,6 +61,14 @@ def prompt_messages(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     if not messages:
         raise UserError(f"{where}: neither `turns` nor `messages` that begin with a question.")
     return messages
+
+
+def later_questions(row: dict[str, Any], where: str) -> list[str]:
+    """The questions of a row after that of `prompt_messages`: its later turns, or what users say after an answer."""
+    if "turns" in row:
+        return _turns(row, where)[1:]
+    after = dropwhile(lambda m: m["role"] != "assistant", messages_of(row, where))
+    return [m["content"] for m in after if m["role"] == "user"]
 
 
 def _turns(row: dict[str, Any], where: str) -> list[str]:

@@ -22,7 +22,7 @@ from ..jsonl import read_jsonl
 from ..target import Target
 from .answers import batched_answers
 from .checkpoint import check_recipe
-from .data import Exclusion, Prompt, copies, example_key, prompt_messages
+from .data import SPLIT, Exclusion, Prompt, copies, example_key, later_questions, prompt_messages, text_key
 from .lock import locked
 from .remote import RemoteTarget
 
@@ -33,6 +33,8 @@ class DistillConfig:
 
     prompts: list[str]
     """JSONL files with `messages` (all up to the first answer is the prompt) or `turns` (the first one is)."""
+    turns: int = 1
+    """Questions of a row to ask, each after the target's own answers to those before."""
     output: str
     """JSONL file of {id, source, prompt_ids, answer_ids, answer}; continued if it exists."""
     target: str | None = None
@@ -42,7 +44,7 @@ class DistillConfig:
     exclude: list[str] = field(default_factory=list)
     """Prompt files; a prompt that shares 13 consecutive words with one of them, or asks a shorter one, is dropped."""
     limit: int = 0
-    """Only the first so many prompts that fit; 0: all."""
+    """Only the first so many prompts that fit, with their later questions; 0: all."""
     max_prompt_tokens: int = 512
     max_new_tokens: int = 192
     batch: int = 64
@@ -66,8 +68,8 @@ class DistillConfig:
     """Seconds without an answer after which a request is sent again."""
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.max_new_tokens, self.max_prompt_tokens) < 1 or self.limit < 0:
-            raise ValueError("batch, max_new_tokens and max_prompt_tokens must be positive, limit not negative")
+        if min(self.batch, self.max_new_tokens, self.max_prompt_tokens, self.turns) < 1 or self.limit < 0:
+            raise ValueError("batch, max_new_tokens, max_prompt_tokens and turns must be positive, limit not negative")
         if not 0 <= self.temperature < math.inf:
             raise ValueError("temperature must be finite and not negative")
         if not all(0 <= rate < math.inf for rate in self.mixture.values()):
@@ -114,20 +116,24 @@ def _distill(config: DistillConfig, output: Path, done: set[str]) -> Path:
         prompts = _prompts(config, target.tokenizer, target.max_context, progress)
         if not prompts and not done:
             raise UserError(f"No usable prompt in {', '.join(config.prompts)}.")
-        missing = [p for p in prompts if p.key not in done]
-        task = progress.add_task("", total=len(prompts), completed=len(prompts) - len(missing), tokens=0, rate=0)
-        if isinstance(target, RemoteTarget):
-            rows: Generator[list[dict[str, Any]]] = target.answers(missing)
-        else:
-            rows = _local_answers(target, prompts, done, config)
+        task = progress.add_task("", total=0, tokens=0, rate=0)
         output.parent.mkdir(parents=True, exist_ok=True)
-        total, began = 0, time.monotonic()
-        with closing(rows):
-            for group in rows:
-                _append(output, "".join(json.dumps(row) + "\n" for row in group).encode())
-                total += sum(len(row["answer_ids"]) for row in group)
-                rate = total / max(time.monotonic() - began, 1e-3)
-                progress.update(task, advance=len(group), tokens=f"{total:,}", rate=f"{rate:,.0f}")
+        asked, total, began = 0, 0, time.monotonic()
+        while prompts:
+            missing = [p for p in prompts if p.key not in done]
+            progress.update(task, total=asked + len(prompts), completed=asked + len(prompts) - len(missing))
+            if isinstance(target, RemoteTarget):
+                rows: Generator[list[dict[str, Any]]] = target.answers(missing)
+            else:
+                rows = _local_answers(target, prompts, done, config, asked)
+            with closing(rows):
+                for group in rows:
+                    _append(output, "".join(json.dumps(row) + "\n" for row in group).encode())
+                    total += sum(len(row["answer_ids"]) for row in group)
+                    rate = total / max(time.monotonic() - began, 1e-3)
+                    progress.update(task, advance=len(group), tokens=f"{total:,}", rate=f"{rate:,.0f}")
+            asked += len(prompts)
+            prompts = _follow_ups(prompts, output, config, target.tokenizer, target.max_context)
         if isinstance(target, RemoteTarget):
             for sentence in target.tally.sentences():
                 progress.console.print(sentence)
@@ -143,9 +149,12 @@ def _local_target(config: DistillConfig) -> Target:
 
 
 def _local_answers(
-    target: Target, prompts: list[Prompt], done: set[str], config: DistillConfig
+    target: Target, prompts: list[Prompt], done: set[str], config: DistillConfig, asked: int
 ) -> Generator[list[dict[str, Any]]]:
-    """Rows of the prompts that are not `done`, a batch at a time, prompts of similar length together."""
+    """Rows of the prompts that are not `done`, a batch at a time, prompts of similar length together.
+
+    asked: how many prompts came before these, in earlier turns.
+    """
     for start in range(0, len(prompts), config.batch * 16):
         window = sorted(prompts[start : start + config.batch * 16], key=lambda p: len(p.ids))
         for i in range(0, len(window), config.batch):
@@ -153,7 +162,7 @@ def _local_answers(
             if not group:
                 continue
             # A resumed run samples what an unbroken one does.
-            torch.manual_seed((config.seed * 10**6 + start + i) % 2**64)
+            torch.manual_seed((config.seed * 10**6 + asked + start + i) % 2**64)
             answers = _answers(target, [p.ids for p in group], config)
             yield [
                 prompt.row(answer, target.tokenizer.decode(answer, skip_special_tokens=True))
@@ -212,22 +221,55 @@ def _prompts(config: DistillConfig, tokenizer: Any, max_context: int, progress: 
     for where, row in _rows(config):
         source = str(row.get("source", row.get("category", "")))
         messages = prompt_messages(row, where)
+        later = tuple(later_questions(row, where)[: config.turns - 1]) if config.turns > 1 else ()
         key = f"{example_key({'messages': messages}):016x}"
         if key in seen or not copies({"id": key}, min(1.0, config.mixture.get(source, 1.0))):
             continue
         seen.add(key)
-        if banned.dropped_by({"messages": messages}):
+        if banned.dropped_by({"messages": messages + [{"role": "user", "content": text} for text in later]}):
             dropped += 1
             continue
         ids = prompt_ids(tokenizer, messages)
-        if len(ids) > min(config.max_prompt_tokens, max_context - config.max_new_tokens):
+        if len(ids) > _longest(config, max_context):
             continue
-        found.append(Prompt(key, source, messages, ids))
+        found.append(Prompt(key, source, messages, ids, later))
         if len(found) == config.limit:
             break
     if config.exclude:
         progress.console.print(f"{dropped} prompts dropped for an overlap with {len(config.exclude)} prompt files")
     return found
+
+
+def _follow_ups(
+    prompts: list[Prompt], output: Path, config: DistillConfig, tokenizer: Any, max_context: int
+) -> list[Prompt]:
+    """The next questions of the prompts, after their answers in `output`; what does not fit is left out."""
+    wanted = {p.key for p in prompts if p.later}
+    if not wanted:
+        return []
+    answers = {row["id"]: row.get("answer") for _, row in read_jsonl(output) if row["id"] in wanted}
+    found = []
+    for prompt in prompts:
+        answer = answers.get(prompt.key)
+        if not isinstance(answer, str):  # refused by the server, or none of ours
+            continue
+        said = {"role": "assistant", "content": answer}, {"role": "user", "content": prompt.later[0]}
+        messages = [*prompt.messages, *said]
+        ids = prompt_ids(tokenizer, messages)
+        if len(ids) <= _longest(config, max_context):
+            found.append(Prompt(_next_key(prompt), prompt.source, messages, ids, prompt.later[1:]))
+    return found
+
+
+def _next_key(prompt: Prompt) -> str:
+    """Of the next turn: its remainder by which rows are held out is that of the turn before, so they go together."""
+    key, before = text_key(f"{prompt.key} {prompt.later[0]}"), int(prompt.key, 16)
+    return f"{key - key % SPLIT + before % SPLIT:016x}"
+
+
+def _longest(config: DistillConfig, max_context: int) -> int:
+    """Tokens that a prompt may have."""
+    return min(config.max_prompt_tokens, max_context - config.max_new_tokens)
 
 
 def _rows(config: DistillConfig) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..jsonl import read_jsonl
 from ..target import Target
 from .config import TrainConfig
-from .data import chat_ids, example_key, messages_of, text_key
+from .data import SPLIT, chat_ids, example_key, messages_of, text_key
 
 Problems = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """ids (B, T), anchors (B, A), labels (B, A, L) and possible (B, T), as `make_problems` describes them."""
@@ -42,7 +42,7 @@ def read_sequences(config: TrainConfig, target: Target) -> tuple[list[Sequence],
             sequence, key = _sequence(row, target, f"{path}, line {line}")
             sequence = Sequence(sequence.ids[:limit], sequence.mask[:limit])
             if any(root and label for root, label in zip(sequence.mask[1:], sequence.mask[2:])):
-                (held if key % 10_000 < config.held_out * 10_000 else train_set).append(sequence)
+                (held if key % SPLIT < config.held_out * SPLIT else train_set).append(sequence)
     if len(train_set) < config.batch:
         raise UserError(
             f"{', '.join(config.data)}: {len(train_set)} usable sequences, fewer than one batch of {config.batch}."

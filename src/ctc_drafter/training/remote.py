@@ -113,6 +113,7 @@ class RemoteTarget:
     def answers(self, prompts: Iterable[Prompt]) -> Generator[list[dict[str, Any]]]:
         """Rows of a distilled data set in the order in which the answers come, `config.concurrency` at a time."""
         jobs, results = iter(prompts), queue.SimpleQueue[Any]()
+        self.server.stopped.clear()
 
         def work() -> None:
             try:
