@@ -68,9 +68,6 @@ def expected(recipe: DistillConfig, tmp_path: Path) -> list[dict[str, Any]]:
     return rows_of(distill(replace(recipe, api_base=None, output=str(tmp_path / "local.jsonl"))))
 
 
-# ---------------------------------------------------------------- what works
-
-
 @pytest.mark.parametrize("chat", [False, True])
 def test_same_rows_as_here(
     chat: bool,
@@ -90,15 +87,11 @@ def test_same_rows_as_here(
     assert "tokens/s" in out and "survive" not in out and "left out" not in out
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_later_turns_are_those_of_here(
-    chat: bool, recipe: DistillConfig, server: FakeServer, tmp_path: Path
-) -> None:
-    rows = [{"turns": [f"Question {i}", "Why?", "Really?"]} for i in range(6)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = replace(recipe, turns=2)
-    here = rows_of(distill(replace(recipe, api_base=None, output=str(tmp_path / "here.jsonl"))))
-    assert rows_of(distill(replace(recipe, api_chat=chat))) == here and len(here) == 12
+def test_later_turns_are_those_of_here(recipe: DistillConfig, tmp_path: Path) -> None:
+    Path(recipe.prompts[0]).write_text("".join(f'{{"turns": ["Question {i}", "Why?", "So?"]}}\n' for i in range(6)))
+    ways: dict[str, dict[str, Any]] = {"here": {"api_base": None}, "ids": {}, "chat": {"api_chat": True}}
+    runs = [distill(replace(recipe, turns=2, output=str(tmp_path / name), **ways[name])) for name in ways]
+    assert len(rows_of(runs[0])) == 12 and rows_of(runs[0]) == rows_of(runs[1]) == rows_of(runs[2])
 
 
 def test_text_is_tokenized_again(

@@ -33,12 +33,12 @@ class DistillConfig:
 
     prompts: list[str]
     """JSONL files with `messages` (all up to the first answer is the prompt) or `turns` (the first one is)."""
-    turns: int = 1
-    """Questions of a row to ask, each after the target's own answers to those before."""
     output: str
     """JSONL file of {id, source, prompt_ids, answer_ids, answer}; continued if it exists."""
     target: str | None = None
     """Model folder or hub name; None: the embedded target."""
+    turns: int = 1
+    """Questions of a row to ask, each after the target's own answers to those before."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each `source` (0..1) to use; 1.0 if absent."""
     exclude: list[str] = field(default_factory=list)
