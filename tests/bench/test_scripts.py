@@ -57,7 +57,7 @@ def test_methods_are_told_of_this_run_alone(
     monkeypatch.setattr(methods, "command", lambda *arguments, **_: bench_writes(arguments))
     options = argparse.Namespace(json=tmp_path / "out.json", budgets=budgets, target="t", dtype="float32", limit=1)
     options.max_new_tokens, options.files, options.eval, options.overwrite = 4, [], tmp_path, False
-    options.steps, options.seeds = 2, [0]
+    options.steps, options.batch, options.seeds = 2, 16, [0]
     methods.summary(methods.measure([str(tmp_path / name) for name in drafters], options), options)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     names = {name.removesuffix("-seed0").removesuffix("-seed1") for name in drafters}
