@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,19 @@ from ctc_drafter.target import packing
 from ctc_drafter.target.packing import PackedLinears
 
 
+@pytest.fixture
+def by_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where MKL is the faster library."""
+    monkeypatch.setattr(packing, "prefers_onednn", lambda threads: False)
+
+
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_packed_equals_linear(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
+def test_packed_equals_linear(
+    dtype: torch.dtype, tolerance: float, bias: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "prefers_onednn", lambda threads: onednn)
     torch.manual_seed(0)
     layer = nn.Linear(96, 160, bias=bias).to(dtype).requires_grad_(False)
     packed = PackedLinears([layer])
@@ -35,6 +47,34 @@ def test_gradients_flow_after_packing() -> None:
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
 
 
+def test_one_copy_by_onednn_serves_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "prefers_onednn", lambda threads: True)
+    packed = PackedLinears([nn.Linear(8, 8)])
+    for rows in (1, 2, 9, 100):
+        packed.prepare(rows, after=4)
+    assert packed._rows == [packing.ANY]
+
+
+def test_the_faster_library_is_found() -> None:
+    """By products of the sizes of a real layer, timed beside each other: the choice is not the slower one."""
+    weight = torch.randn(1536, 512)
+    x = torch.randn(9, 512)
+    mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, 9)
+    onednn = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(50):
+        for by_onednn in times:
+            began = time.perf_counter()
+            if by_onednn:
+                torch.ops.mkldnn._linear_pointwise(x, onednn, None, "none", [], "")
+            else:
+                torch.ops.mkl._mkl_linear(x, mkl, weight, None, 9)
+            times[by_onednn].append(time.perf_counter() - began)
+    chosen = packing.prefers_onednn(torch.get_num_threads())
+    assert min(times[chosen]) < 2 * min(times[not chosen])
+
+
+@pytest.mark.usefixtures("by_mkl")
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(8, 8)
     monkeypatch.setattr(packing, "MAX_BYTES", 2 * layer.weight.nbytes)
@@ -44,6 +84,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(packed._rows) <= 2
 
 
+@pytest.mark.usefixtures("by_mkl")
 def test_row_counts_that_may_not_return_wait() -> None:
     packed = PackedLinears([nn.Linear(8, 8)])
     for rows in (10, 3, 13, 16):
@@ -53,6 +94,7 @@ def test_row_counts_that_may_not_return_wait() -> None:
     assert packed._rows == [16]
 
 
+@pytest.mark.usefixtures("by_mkl")
 def test_batches_of_all_sizes_share_a_few_copies() -> None:
     packed = PackedLinears([nn.Linear(8, 8)])
     for rows in range(1, 200):

@@ -236,6 +236,7 @@ class Target:
         """
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        self._packed.prepare(1)
         features, begin = [], 0
         if known is not None:
             cache.fill(row, known.planes)
