@@ -3,15 +3,16 @@
     python benchmarks/engine.py --prompts PROMPTS.jsonl --limit 16 --compile --compiled-budget 7 --json OUT.json
 
 `plain` and `speculative` are ours, with `--compile` also as compiled passes; the others are `model.generate` of
-transformers: as it is, with prompt lookup, and assisted by a smaller model (`--assistant`) or, without one, by the
-target's own first layers (`--early-exit`), which were not trained for that. All greedy, one sequence. Speedup is over
-the plain loop of the same kind: eager over eager, compiled over compiled. With `--memory` each way also runs on the
-first prompt in a process of its own, whose peak is told.
+transformers, of the same weights without our packed products: as it is, with prompt lookup, and assisted by a smaller
+model (`--assistant`) or, without one, by the target's own first layers (`--early-exit`), which were not trained for
+that. All greedy, one sequence. Speedup is over the plain loop of the same kind: eager over eager, compiled over
+compiled. With `--memory` each way also runs on the first prompt in a process of its own, whose peak is told.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -46,11 +47,19 @@ def of_loop(target: Target, drafter: Drafter, options: argparse.Namespace, budge
     return run
 
 
-def of_transformers(target: Target, options: argparse.Namespace, **how: Any) -> Run:
+def as_loaded(target: Target) -> Any:
+    """The model as transformers makes it: the same weights, shared, and its own products in place of packed ones."""
+    model = copy.deepcopy(target.model, {id(weight): weight for weight in target.model.parameters()})
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    return model
+
+
+def of_transformers(target: Target, model: Any, options: argparse.Namespace, **how: Any) -> Run:
     @torch.inference_mode()
     def run(ids: list[int]) -> Answer:
         tokens = torch.tensor([ids], device=target.device)
-        out = target.model.generate(
+        out = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=options.max_new_tokens,
@@ -69,18 +78,21 @@ def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], flo
     if "compiled" in (options.only or ""):  # nothing else in memory
         return compiled_ways(options)
     target = Target.load(options.target, dtype=options.dtype, device=options.device)
+    model = as_loaded(target)
     runs = {
         "plain": of_loop(target, NoDrafter(), options),
         "speculative": of_loop(target, load_drafter(options.drafter, target), options),
-        "generate": of_transformers(target, options),
-        "generate, prompt lookup": of_transformers(target, options, prompt_lookup_num_tokens=options.lookup),
+        "generate": of_transformers(target, model, options),
+        "generate, prompt lookup": of_transformers(target, model, options, prompt_lookup_num_tokens=options.lookup),
     }
     if options.assistant:
         small: Any = AutoModelForCausalLM.from_pretrained(options.assistant, dtype=target.dtype, use_safetensors=True)
-        runs["generate, assisted"] = of_transformers(target, options, assistant_model=small.to(target.device).eval())
+        runs["generate, assisted"] = of_transformers(
+            target, model, options, assistant_model=small.to(target.device).eval()
+        )
     elif 0 < options.early_exit < target.num_layers:
         name = f"generate, assisted by layers 1..{options.early_exit}"
-        runs[name] = of_transformers(target, options, assistant_early_exit=options.early_exit)
+        runs[name] = of_transformers(target, model, options, assistant_early_exit=options.early_exit)
     if not options.compile or options.only:
         return target, runs, None
     _, ways, seconds = compiled_ways(options)

@@ -30,8 +30,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"),
 ]
 BUDGET = 5
-KINDS = [("float32", False), ("bfloat16", False), ("bfloat16", True)]
-"""dtype, and whether products are made in tiles: without AMX that is slow, but no other."""
+KINDS = [("float32", "transposed"), ("float32", "packed"), *(("bfloat16", way) for way in packing.WAYS)]
+"""dtype, and how products are made: on another processor that is slow, but no other."""
 
 
 def answer(target: Target, drafter: Drafter, prompt: list[int], budget: int = BUDGET) -> tuple[list[int], list[int]]:
@@ -79,9 +79,9 @@ def test_a_pass_that_drafts_nothing_for_a_drafter_is_compiled_too(
     assert [token for step in steps for token in step.tokens] == want
 
 
-@pytest.mark.parametrize(("dtype", "tiles"), KINDS)
-def test_numbers_under_mixed_windows(dtype: str, tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "has_tiles", lambda: tiles)
+@pytest.mark.parametrize(("dtype", "way"), KINDS)
+def test_numbers_under_mixed_windows(dtype: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "fastest_way", lambda dtypes: way)
     target = Target.load(save_model(tmp_path / "olmo3", "olmo3", **MIXED), dtype=dtype, device="cpu")
     tree = DraftTree.from_paths([[[5, 6, 7], [5, 8], [9]]], budget=BUDGET)
     root = torch.tensor([[4]])
@@ -124,10 +124,10 @@ def test_failure_to_compile_is_told(target_folder: Path, monkeypatch: pytest.Mon
         drafter.compile_draft()
 
 
-@pytest.mark.parametrize(("dtype", "tiles"), KINDS)
-def test_the_drafters_pass_gives_the_eager_numbers(dtype: str, tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "way"), KINDS)
+def test_the_drafters_pass_gives_the_eager_numbers(dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every number of new pairs that a pass may bring, in any order, for the drafter and for a twin of it."""
-    monkeypatch.setattr(packing, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(packing, "fastest_way", lambda dtypes: way)
     target = Target.load(dtype=dtype, device="cpu")
     eager, compiled = load_drafter("ctc", target), load_drafter("ctc", target)
     assert compiled.compile_draft() > 0

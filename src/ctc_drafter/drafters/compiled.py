@@ -78,8 +78,7 @@ class CompiledDraft:
         self._tokens = torch.zeros(1, self.pairs, dtype=torch.long, device=target.device)
         kind = type(drafter)
         facts = (drafter.config.__dict__, str(target.dtype), str(target.device), target.vocab_size, len(module.cos))
-        joint = made.joint.in_tiles
-        key = key_of([kind, *kind.__mro__[1:3], Draft, attention, norm, packing], kind.__name__, *facts, joint)
+        key = key_of([kind, *kind.__mro__[1:3], Draft, attention, norm, packing], kind.__name__, *facts, made.joint.way)
         module.start(STEP, target.embedding.weight)
         arguments = self._arguments(module, self._features, self._tokens)
         free: Any = torch.export.Dim.DYNAMIC

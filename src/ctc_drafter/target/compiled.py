@@ -96,7 +96,7 @@ class CompiledPass:
         config = target.model.config
         module = Pass(target)
         facts = (config.to_json_string(), str(target.dtype), str(target.device), budget, target.layers)
-        products = None if target.joint is None else target.joint.in_tiles
+        products = None if target.joint is None else target.joint.way
         limits = (target.max_context, target.cache_name, products, target.quantized)
         code = [type(target.model), type(target), Pass, DraftTree, attention, masks, packing, quantization]
         key = key_of(code, *facts, *limits)

@@ -124,27 +124,34 @@ def filled(rows: int) -> int:
     return -(-rows // GRAIN) * GRAIN
 
 
-class JointLinears(nn.Module):
-    """The linear layers of compiled passes, those that read the same input as one product.
+WAYS = "packed", "tiles", "transposed"
 
-    Weights are kept in float32 and transposed, (in, out of all): so MKL needs to rearrange nothing, whatever the number
-    of rows. A layer in bfloat16 is then computed in float32 and rounded at its end, which is what a bfloat16 product
-    does too; that is faster from two rows on, and no slower for one. Where the processor has tiles for bfloat16 (AMX)
-    such weights stay as they are, (out of all, in): there nine rows take little longer than one.
-    """
+
+class JointLinears(nn.Module):
+    """Linear layers of compiled passes, those that read the same input as one product in the fastest `way` here."""
 
     def __init__(self, groups: Iterable[list[nn.Linear]]) -> None:
         super().__init__()
         self._groups = list(groups)
         self._held: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = [None] * len(self._groups)
-        dtypes = {layer.weight.dtype for layers in self._groups for layer in layers}
-        self.in_tiles = dtypes == {torch.bfloat16} and has_tiles()
-        """Whether products are made in bfloat16 tiles, so another program."""
+        self._packed: dict[str, torch.Tensor] = {}
+        self.way = fastest_way({layer.weight.dtype for layers in self._groups for layer in layers})
+        """How products are made, so another program for each."""
         for i, layers in enumerate(self._groups):
             weights = [layer.weight.detach() for layer in layers]
             together = torch.cat(weights) if len(weights) > 1 else weights[0]
-            kept = together if self.in_tiles else together.float().t().contiguous()
+            kept = together.float().t().contiguous() if self.way == "transposed" else together
             self.register_buffer(f"weight_{i}", kept, persistent=False)
+
+    def loaded(self) -> dict[str, torch.Tensor]:
+        """The buffers that a program is to read in place of those of the same names: packed ones, if `way` says so.
+
+        A program is exported with plain weights, since packed ones have no strides to trace.
+        """
+        if self.way == "packed" and not self._packed:
+            for name, weight in self.named_buffers():
+                self._packed[name] = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL)
+        return self._packed
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -178,12 +185,38 @@ class JointLinears(nn.Module):
         return forward
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if not self.in_tiles:
+        if self.way == "packed":
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            return out
+        if self.way == "transposed":
             return x.float() @ weight
         if x.numel() > x.shape[-1]:
             return x @ weight.t()
         # A tile would stay empty but for one row; as a sum, the compiler makes one loop of it that reads the weight.
         return (x.flatten().float() * weight.float()).sum(-1).view(*x.shape[:-1], -1)
+
+
+def fastest_way(dtypes: set[torch.dtype]) -> str:
+    """One of WAYS: the fastest products of compiled passes on this processor, measured by `benchmarks/products.py`.
+
+    - `packed`: by oneDNN, of weights packed for all row counts.
+    - `tiles`: in bfloat16, weights as they are, (out of all, in): nine rows take little longer than one.
+    - `transposed`: weights in float32, (in, out of all), so that MKL needs to rearrange nothing, whatever the number of
+      rows. A layer in bfloat16 is computed in float32 and rounded at its end, as bfloat16 products are too.
+    """
+    if dtypes == {torch.bfloat16} and has_tiles():
+        return "tiles"
+    if dtypes == {torch.bfloat16} and _multiplies_bfloat16():
+        return "packed"
+    if dtypes == {torch.float32} and prefers_onednn(torch.get_num_threads()):
+        return "packed"
+    return "transposed"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, and torch makes use of them."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_tiles() -> bool:

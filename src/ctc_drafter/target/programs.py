@@ -22,6 +22,8 @@ import transformers
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from .packing import JointLinears
+
 OPTIONS = {"aot_inductor.package_constants_in_so": False}
 MAX_KEPT = 64
 """Programs on disk; beyond that, the one that was not used for the longest time goes."""
@@ -38,6 +40,9 @@ class Program:
         self.path, self.found = path, found
         loaded: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        for prefix, part in module.named_modules():
+            if isinstance(part, JointLinears):
+                own |= {f"{prefix}.{name}": weight for name, weight in part.loaded().items()}
         self._weights = {name: own[name].detach() for name in loaded.get_constant_fqns()}
         loaded.load_constants(self._weights, check_full_update=True, user_managed=True)
         # Beneath the public call, which parses a description of the arguments each time.
