@@ -47,6 +47,20 @@ def test_gradients_flow_after_packing() -> None:
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+def test_weights_changed_in_place_are_packed_again(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "prefers_onednn", lambda threads: onednn)
+    layer = nn.Linear(32, 48)
+    packed = PackedLinears([layer])
+    packed.prepare(9)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    packed.prepare(9)
+    with torch.inference_mode():
+        x = torch.randn(9, 32)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 def test_one_copy_by_onednn_serves_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "prefers_onednn", lambda threads: True)
     packed = PackedLinears([nn.Linear(8, 8)])

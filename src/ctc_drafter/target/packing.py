@@ -40,6 +40,9 @@ class PackedLinears:
         self._packed: list[dict[int, torch.Tensor]] = [{} for _ in self._layers]
         self._rows: list[int] = []
         self._asked: Counter[int] = Counter()
+        # What was made in inference mode counts no changes, and is ours alone.
+        self._counting = [layer.weight for layer in self._layers if not layer.weight.is_inference()]
+        self._versions = [weight._version for weight in self._counting]
         floats = bool(self._layers) and self._layers[0].weight.dtype == torch.float32
         self._by_onednn = not floats or prefers_onednn(torch.get_num_threads())
         for layer, packed in zip(self._layers, self._packed):
@@ -55,6 +58,9 @@ class PackedLinears:
         """
         if not self._layers or self._bytes_each > MAX_BYTES:
             return
+        versions = [weight._version for weight in self._counting]
+        if versions != self._versions:
+            self._forget(versions)
         if self._by_onednn:
             self._pack(ANY)
             return
@@ -70,6 +76,14 @@ class PackedLinears:
             for packed in self._packed:
                 del packed[oldest]
         self._pack(rows)
+
+    def _forget(self, versions: list[int]) -> None:
+        """Drop copies of weights that have been changed in place since."""
+        self._versions = versions
+        self._rows.clear()
+        self._asked.clear()
+        for packed in self._packed:
+            packed.clear()
 
     def _pack(self, rows: int) -> None:
         if rows in self._rows:
