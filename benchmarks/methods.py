@@ -40,7 +40,8 @@ from ctc_drafter.errors import UserError
 Pair = tuple[str, int]
 """A drafter and a budget."""
 LAYERS = [2, 4, -1]
-CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 9, "labels": 8}
+WEIGHTS = {"decay": 1.0, "reach": 0.5}
+CONTEXT = {"topology": "label-context", "objective": "prefix", "slots": 9, "labels": 8, **WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ TABLE: dict[str, Method] = {
     "hydra": Method("hydra"),
     "eagle": Method("eagle"),
     "paper": Method("ctc", {"topology": "merge", "objective": "label", "slots": 8, "labels": 6, "tree": "paths"}),
-    "parallel": Method("parallel", {"label_context": True, "slots": 8, "labels": 8}),
+    "parallel": Method("parallel", {"label_context": True, "slots": 8, "labels": 8, **WEIGHTS}),
     "ctc": Method("ctc", CONTEXT),
     "ctc-three-layers": Method("ctc", {**CONTEXT, "feature_layers": LAYERS}),
 }
@@ -82,9 +83,9 @@ IDEAS: dict[str, Method] = {
     "six-labels": Method("ctc", {**OURS, "slots": 7, "labels": 6}),
     "eight-slots": Method("ctc", {**OURS, "slots": 8}),
     "twelve-slots": Method("ctc", {**OURS, "slots": 12}),
-    "decay-1": Method("ctc", {**OURS, "decay": 1.0}),
-    "reach-0.5": Method("ctc", {**OURS, "decay": 1.0, "reach": 0.5}),
-    "reach-1": Method("ctc", {**OURS, "decay": 1.0, "reach": 1.0}),
+    "decay-0.8": Method("ctc", {**OURS, "decay": 0.8, "reach": 0.0}),
+    "reach-0": Method("ctc", {**OURS, "reach": 0.0}),
+    "reach-1": Method("ctc", {**OURS, "reach": 1.0}),
     "rank-32": Method("ctc", {**OURS, "context_rank": 32}),
     "anchors-24": Method("ctc", OURS, {"anchors": 24}),
     "anchors-128": Method("ctc", OURS, {"anchors": 128}),
