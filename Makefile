@@ -103,7 +103,7 @@ EVAL ?= data/eval
 SUITE := $(foreach name,mt_bench gsm8k_test humaneval,--prompts $(EVAL)/$(name).jsonl) --overwrite
 BOTH := --drafter ctc+lookup --drafter ctc
 bench: $(STAMP)
-	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) --budget 8 --budget 16 --budget 32 --dtype float32 --json $(RESULTS)/float32.json
+	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 $(BOTH) $(foreach budget,3 5 8 16 32,--budget $(budget)) --dtype float32 --json $(RESULTS)/float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 200 --drafter ctc+lookup --budget 3 --budget 4 --budget 8 --budget 16 --dtype bfloat16 --json $(RESULTS)/bfloat16.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --drafter paper --drafter lookup --budget 16 --dtype float32 --json $(RESULTS)/methods-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 16 $(BOTH) --budget 8 --temperature 1 --seed 0 --dtype float32 --json $(RESULTS)/sampled-float32.json
