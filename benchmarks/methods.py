@@ -124,10 +124,21 @@ def searched(folder: Path, kind: str, ablation: bool) -> list[Path]:
     return folders
 
 
+def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Of a trained drafter."""
+    work: Path = options.work
+    return work / (name if len(options.seeds) == 1 else f"{name}-seed{seed}")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a training has ended there."""
+    return (folder / "run.yaml").is_file()
+
+
 def train(name: str, method: Method, seed: int, options: argparse.Namespace) -> Path:
     """Train one drafter, unless that is done; returns its folder."""
-    output: Path = options.work / (name if len(options.seeds) == 1 else f"{name}-seed{seed}")
-    if not (output / "run.yaml").is_file():
+    output = folder_of(name, seed, options)
+    if not finished(output):
         own = {**method.config, "vocabulary": options.vocabulary} if options.vocabulary else method.config
         recipe = {
             "target": options.target,
@@ -175,9 +186,9 @@ def main() -> None:
     if unknown:
         raise UserError(f"--methods {min(unknown)} is none of {', '.join(rows)}.")
     chosen = {name: method for name, method in rows.items() if name in (options.methods or rows)}
-    if options.features:
-        cache_features(options)
     runs = [(name, method, seed) for seed in options.seeds for name, method in chosen.items()]
+    if options.features and not all(finished(folder_of(name, seed, options)) for name, _, seed in runs):
+        cache_features(options)
     with ThreadPoolExecutor(options.jobs) as pool:
         trained = list(pool.map(lambda run: train(*run, options), runs))
     folders = [
