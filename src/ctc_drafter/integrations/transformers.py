@@ -161,7 +161,8 @@ class Guest:
             _put(self._ours)
             yield self.target, self.drafter
         finally:
-            self.target.capture(())
+            with self.target.turn:
+                self.target.capture(())
             _put(before)
 
 

@@ -84,7 +84,8 @@ class Target:
     def position_bytes(self) -> int:
         """Bytes of the keys and values of one position."""
         cache = self.new_cache(1)
-        self.prefill([0], cache)
+        with self.turn:
+            self.prefill([0], cache)
         return cache.nbytes
 
     @property
