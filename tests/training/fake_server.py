@@ -43,7 +43,8 @@ class FakeServer(ThreadingHTTPServer):
         tokenizer, chat = self.target.tokenizer, "messages" in body
         ids = self.target.prompt_ids(body["messages"]) if chat else body["prompt"]
         stops = set(body.get("stop_token_ids", self.target.stop_ids))
-        with self.lock:
+        # A request that was given up may be answered still while another test decodes with the target.
+        with self.lock, self.target.turn:
             (answer,) = batched_answers(
                 self.target.model, [ids], pad=0, stop_ids=stops, max_new_tokens=body["max_tokens"]
             )
