@@ -107,10 +107,8 @@ def prefers_onednn(threads: int) -> bool:
 
     threads: those of torch, which the answer may depend on.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
         return False
-    if not torch.backends.mkl.is_available():
-        return True
     weight = torch.zeros(1024, 768)
     few, one = torch.zeros(9, 768), torch.zeros(1, 768)
     by_mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, len(few))
@@ -270,7 +268,7 @@ def _packable(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or type(weight) is not nn.Parameter:  # quantized weights bring their own products
         return False
     if weight.dtype == torch.float32:
-        return bool(torch.backends.mkl.is_available() or torch.backends.mkldnn.is_available())
+        return bool(torch.backends.mkl.is_available())
     return weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
