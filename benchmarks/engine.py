@@ -31,6 +31,7 @@ from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import DEFAULT, Drafter, NoDrafter, compile_passes, load_drafter
 from ctc_drafter.target import Target
+from ctc_drafter.target.attention import NAME as GROUPED_ATTENTION
 
 Run = Callable[[list[int]], Answer]
 BASELINES = {"speculative": "plain", "speculative, compiled": "plain, compiled"}
@@ -48,10 +49,12 @@ def of_loop(target: Target, drafter: Drafter, options: argparse.Namespace, budge
 
 
 def as_loaded(target: Target) -> Any:
-    """The model as transformers makes it: the same weights, shared, and its own products in place of packed ones."""
+    """The model as transformers makes it: of the same weights, with products and attention of its own."""
     model = copy.deepcopy(target.model, {id(weight): weight for weight in target.model.parameters()})
     for module in model.modules():
         module.__dict__.pop("forward", None)
+    if model.config.get_text_config()._attn_implementation == GROUPED_ATTENTION:
+        model.set_attn_implementation("sdpa")
     return model
 
 
