@@ -17,10 +17,11 @@ import torch
 from conftest import CONTEXT
 from ctc_drafter.decoding import generate
 from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
+from ctc_drafter.drafters import compiled as compiled_drafts
 from ctc_drafter.errors import UserError
 from ctc_drafter.pace import Pace
 from ctc_drafter.steps import Step
-from ctc_drafter.target import Target, compiled, packing
+from ctc_drafter.target import Target, compiled, model
 from ctc_drafter.tree import DraftTree
 from helpers import MIXED, save_model
 
@@ -30,8 +31,18 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"),
 ]
 BUDGET = 5
-KINDS = [("float32", "transposed"), ("float32", "packed"), *(("bfloat16", way) for way in packing.WAYS)]
-"""dtype, and how products are made: on another processor that is slow, but no other."""
+KINDS = [
+    ("float32", "transposed"),
+    ("float32", "packed"),
+    *(("bfloat16", way) for way in ("packed", "tiles", "transposed")),
+]
+"""dtype, and how products of several rows are made: on another processor that is slow, but no other."""
+
+
+def choose_way(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    alone = "transposed" if way == "transposed" else "loops"
+    for place in (model, compiled_drafts):
+        monkeypatch.setattr(place, "fastest_way", lambda dtype, single: alone if single else way)
 
 
 def answer(target: Target, drafter: Drafter, prompt: list[int], budget: int = BUDGET) -> tuple[list[int], list[int]]:
@@ -81,7 +92,7 @@ def test_a_pass_that_drafts_nothing_for_a_drafter_is_compiled_too(
 
 @pytest.mark.parametrize(("dtype", "way"), KINDS)
 def test_numbers_under_mixed_windows(dtype: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "fastest_way", lambda dtypes: way)
+    choose_way(monkeypatch, way)
     target = Target.load(save_model(tmp_path / "olmo3", "olmo3", **MIXED), dtype=dtype, device="cpu")
     tree = DraftTree.from_paths([[[5, 6, 7], [5, 8], [9]]], budget=BUDGET)
     root = torch.tensor([[4]])
@@ -127,7 +138,7 @@ def test_failure_to_compile_is_told(target_folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("dtype", "way"), KINDS)
 def test_the_drafters_pass_gives_the_eager_numbers(dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every number of new pairs that a pass may bring, in any order, for the drafter and for a twin of it."""
-    monkeypatch.setattr(packing, "fastest_way", lambda dtypes: way)
+    choose_way(monkeypatch, way)
     target = Target.load(dtype=dtype, device="cpu")
     eager, compiled = load_drafter("ctc", target), load_drafter("ctc", target)
     assert compiled.compile_draft() > 0

@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor()[0],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -66,11 +66,11 @@ def git_commit() -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def processor() -> tuple[str, str]:
+    """The processor's name, and the instructions that it has, as far as the system tells."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    facts = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return facts.get("model name") or platform.processor() or platform.machine(), facts.get("flags", "")

@@ -165,9 +165,14 @@ class DraftModule(nn.Module):
         out: torch.Tensor = self._ready[0](pairs)
         return out
 
+    @property
+    def asking(self) -> nn.Linear:
+        """What `ask` goes through, half of the weights, for the newest pair alone."""
+        return self._ready[1]
+
     def ask(self, newest: torch.Tensor) -> torch.Tensor:
         """The newest pairs (B, (F + 1) * width) -> where their slots start, (B, N, width)."""
-        of_slots: torch.Tensor = self._ready[1](newest).unflatten(-1, (self.slots, -1))
+        of_slots: torch.Tensor = self.asking(newest).unflatten(-1, (self.slots, -1))
         return of_slots + self.slot_embedding
 
     def fold(self, head: torch.Tensor) -> torch.Tensor:

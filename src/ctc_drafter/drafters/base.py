@@ -88,6 +88,14 @@ class Drafter(nn.Module):
         """
         return 0.0
 
+    def compile_search(self) -> float:
+        """Compile the search of trees, unless that was done on this machine before; returns the seconds taken.
+
+        Worth its two seconds where much is decoded. Without a C++ compiler, or on a GPU, the search stays as it is;
+        trees change by rounding. Twins made before know nothing of it.
+        """
+        return 0.0
+
     def draft_together(self, twins: Sequence[Self], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Any]:
         """What each twin's `draft` returns for its own pairs, up to rounding, in one run of the module.
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..target import packing
+from ..target import joint
 from ..target.captured import Replayed, Run
 from ..target.compiled import STEP
-from ..target.packing import JointLinears
+from ..target.joint import Joint, JointLinears, fastest_way
 from ..target.programs import key_of, program
 from . import attention, norm
 from .attention import DraftModule
@@ -30,7 +30,10 @@ class Draft(nn.Module):
         super().__init__()
         self.module: DraftModule = drafter.module
         self.embedding = drafter.target.embedding
-        self.joint = JointLinears([[linear] for linear in linears])
+        single = self.module.asking
+        several, dtype = [linear for linear in linears if linear is not single], single.weight.dtype
+        self.joint = JointLinears([Joint([linear]) for linear in several], fastest_way(dtype, single=False))
+        self.single = JointLinears([Joint([single])], fastest_way(dtype, single=True))
         self._drafter = [drafter]  # a list hides it from what is exported
 
     def forward(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -44,7 +47,7 @@ class Draft(nn.Module):
         rows, size, queries = tokens.shape[1], slots.shape[0], torch.arange(module.slots, device=device)
         pairs = start + torch.arange(rows, device=device)
         own = start + count + queries
-        with self.joint.used():
+        with self.joint.used(), self.single.used():
             read = module.read(features, self.embedding(tokens))
             context, x = module.fused(read), module.ask(read[0].index_select(0, (count - 1)[None]))
             positions = torch.cat([pairs, own]) + 1
@@ -78,7 +81,8 @@ class CompiledDraft:
         self._tokens = torch.zeros(1, self.pairs, dtype=torch.long, device=target.device)
         kind = type(drafter)
         facts = (drafter.config.__dict__, str(target.dtype), str(target.device), target.vocab_size, len(module.cos))
-        key = key_of([kind, *kind.__mro__[1:3], Draft, attention, norm, packing], kind.__name__, *facts, made.joint.way)
+        ways = made.joint.way, made.single.way
+        key = key_of([kind, *kind.__mro__[1:3], Draft, attention, norm, joint], kind.__name__, *facts, *ways)
         module.start(STEP, target.embedding.weight)
         arguments = self._arguments(module, self._features, self._tokens)
         free: Any = torch.export.Dim.DYNAMIC

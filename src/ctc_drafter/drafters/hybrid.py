@@ -97,6 +97,9 @@ class HybridDrafter(Drafter):
     def compile_draft(self) -> float:
         return self.base.compile_draft()
 
+    def compile_search(self) -> float:
+        return self.base.compile_search()
+
     def start(self, capacity: int) -> None:
         self.base.start(capacity)
         self.lookup.start(capacity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -13,10 +14,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from ..lattice.best_first import Search, best_first_of_slots
+from ..lattice.native import FLAGS, SOURCE, NativeSearch
 from ..lattice.pool import LabelContext
 from ..lattice.prefix import best_tree
 from ..target import LAST, Target
 from ..target.packing import PATIENCE, PackedLinears, linear_of
+from ..target.programs import library
 from ..tree import DraftTree
 from .attention import DraftModule, fit_shape
 from .base import TrainableDrafter
@@ -106,6 +110,7 @@ class SlotDrafter(TrainableDrafter):
         self._packed: tuple[PackedLinears, ...] = ()
         self._linears: tuple[nn.Linear, ...] = ()  # of a pass
         self._compiled: tuple[CompiledDraft, ...] = ()
+        self._search: Search = best_first_of_slots  # of a single row on a CPU
         self._head: tuple[nn.Linear, ...] = ()  # over the kept tokens, hidden from parameters() and state_dict()
         self._tables: tuple[torch.Tensor, ...] | None = None  # label context: keys of all tokens, of the kept, values
         if context:
@@ -153,6 +158,9 @@ class SlotDrafter(TrainableDrafter):
         packed = PackedLinears(self._linears)
         packed.prepare(self.config.slots)
         self._packed = (packed,)
+        found = library(SOURCE, FLAGS, make=False) if self.target.device.type == "cpu" else None
+        if found is not None:
+            self._search = NativeSearch(found)
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         """With a row for the blank, whether or not there is one."""
@@ -161,13 +169,22 @@ class SlotDrafter(TrainableDrafter):
     @torch.inference_mode()
     def compile_draft(self) -> float:
         if self._compiled or not isinstance(self.module, DraftModule):
-            return 0.0
+            return self.compile_search()
         began = time.perf_counter()
         try:
             self._compiled = (CompiledDraft(self, list(self._linears)),)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"Drafter '{self.name}' cannot be compiled here, so leave that out: {reason}") from None
+        self.compile_search()
+        return time.perf_counter() - began
+
+    def compile_search(self) -> float:
+        if isinstance(self._search, NativeSearch) or self.target.device.type != "cpu":
+            return 0.0
+        began = time.perf_counter()
+        with suppress(Exception):  # without a compiler, say: it goes on in arrays
+            self._search = NativeSearch(library(SOURCE, FLAGS, make=True))
         return time.perf_counter() - began
 
     def start(self, capacity: int) -> None:
@@ -232,6 +249,7 @@ class SlotDrafter(TrainableDrafter):
             context=context,
             merge=merge,
             ids=self.kept if self.config.vocabulary else None,
+            search=self._search,
         )
 
     # ------------------------------------------------------------ training

@@ -15,6 +15,8 @@ from ctc_drafter.tree import ROOT, DraftTree
 
 from .pool import MAX_BIAS, MIN_PROB, LabelContext, Lattice
 
+Search = Callable[[Tensor, int, int, int | None, LabelContext | None, bool, Tensor | None], DraftTree]
+"""What `best_first_of_slots` is."""
 _Node = tuple[int, int, int, float]
 """Pool index, parent, depth, log probability."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ctc_drafter.tree import DraftTree
 
-from .best_first import best_first_of_slots
+from .best_first import Search, best_first_of_slots
 from .pool import MAX_BIAS, MIN_PROB, LabelContext, Lattice, pool_lattice, pool_tokens
 
 LOG_ZERO = -1e4
@@ -36,14 +36,15 @@ def best_tree(
     context: LabelContext | None = None,
     merge: bool = False,
     ids: Tensor | None = None,
+    search: Search = best_first_of_slots,
 ) -> DraftTree:
     """The draft tree with the largest expected accepted length, over the ``pool`` likeliest tokens.
 
-    slot_logits (B, N, V+1), blank last; ids (V,): the token of each class, if not the class itself. `best_first` for
-    one row on a CPU, `best_prefixes` elsewhere.
+    slot_logits (B, N, V+1), blank last; ids (V,): the token of each class, if not the class itself. `search` for one
+    row on a CPU, `best_prefixes` elsewhere.
     """
     if slot_logits.device.type == "cpu" and slot_logits.shape[0] == 1:
-        return best_first_of_slots(slot_logits, pool, budget, max_depth, context, merge, ids)
+        return search(slot_logits, pool, budget, max_depth, context, merge, ids)
     classes = pool_tokens(slot_logits, pool)
     lattice = pool_lattice(slot_logits, classes, None if context is None else context.of_pool(classes), merge)
     lattice = lattice if ids is None else replace(lattice, pool=ids[classes])

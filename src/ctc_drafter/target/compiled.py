@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..cache import SlotCache
 from ..errors import UserError
 from ..tree import DraftTree
-from . import attention, masks, packing, quantization
+from . import attention, joint, masks, quantization
 from .captured import Replayed, Run
 from .masks import slot_mask
 from .programs import key_of, program
@@ -63,11 +63,11 @@ class _ViewLayer(CacheLayerMixin):
 class Pass(nn.Module):
     """`Target.score` of one row as a function of tensors alone: the step that is compiled, or captured on a GPU."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, budget: int) -> None:
         super().__init__()
         self.model = target.model
         self._target = [target]  # a list hides it from what is exported
-        self.joint: nn.Module = target.joint if target.joint is not None else nn.Module()
+        self.joint = target.joint(single=budget == 0)
 
     def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """root (1, 1), nodes and depths (1, M), ancestors (1, M+1, M+1), length (), slots (S,), then planes.
@@ -83,9 +83,9 @@ class Pass(nn.Module):
         mask = target.mask_for(lambda window: slot_mask(window, positions, ancestors, length, size, target.dtype))
         cache = Cache(layers=[_ViewLayer(k, v, new, size) for k, v in zip(planes[::2], planes[1::2])])
         options = {"position_ids": positions, "attention_mask": mask, target.cache_name: cache, "use_cache": True}
-        if target.joint is None:
+        if self.joint is None:
             return target.forward(tokens, **options)
-        with target.joint.used():
+        with self.joint.used():
             return target.forward(tokens, **options)
 
 
@@ -94,11 +94,11 @@ class CompiledPass:
 
     def __init__(self, target: Target, budget: int, cache: SlotCache) -> None:
         config = target.model.config
-        module = Pass(target)
+        module = Pass(target, budget)
         facts = (config.to_json_string(), str(target.dtype), str(target.device), budget, target.layers)
-        products = None if target.joint is None else target.joint.way
+        products = None if module.joint is None else module.joint.way
         limits = (target.max_context, target.cache_name, products, target.quantized)
-        code = [type(target.model), type(target), Pass, DraftTree, attention, masks, packing, quantization]
+        code = [type(target.model), type(target), Pass, DraftTree, attention, joint, masks, quantization]
         key = key_of(code, *facts, *limits)
         self._slots = torch.empty(0, dtype=torch.long, device=target.device)
         arguments = self._arguments(*_no_nodes(budget, target.device), cache)

@@ -20,9 +20,10 @@ from ..errors import UserError
 from ..tree import DraftTree
 from .attention import NAME as GROUPED_ATTENTION
 from .compiled import CompiledPass, compiled_pass
+from .joint import Joint, JointLinears, fastest_way, joined_by_input
 from .loading import GENERATION, check_folder, resolve_device, resolve_dtype, stop_tokens, target_name
 from .masks import ragged_mask, row_mask, windows
-from .packing import MAX_BYTES, PATIENCE, JointLinears, PackedLinears, joined_by_input
+from .packing import MAX_BYTES, PATIENCE, PackedLinears
 from .prefixes import Prefix
 from .quantization import quantize
 from .selftest import self_test
@@ -76,8 +77,8 @@ class Target:
         self.quantized: str | None = None
         """`int8` or `int4`, if the weights are."""
         self._probe: list[float] | None = None  # of the weights before they were quantized or shared out
-        self.joint: JointLinears | None = None
-        """The weights of compiled passes on a CPU, where they are copied."""
+        self._joints: list[Joint] | None = None
+        self._joint: dict[str, JointLinears] = {}
 
     @cached_property
     @torch.inference_mode()
@@ -309,8 +310,6 @@ class Target:
                 "two out."
             )
         began = time.perf_counter()
-        if self.joint is None and self.device.type == "cpu":
-            self.joint = self._join()
         captured = tuple(layers)
         passes = [(0, ()), *([(budget, captured)] if budget else []), *([(0, captured)] if adaptive else [])]
         with self.turn:
@@ -320,12 +319,19 @@ class Target:
         return time.perf_counter() - began
 
     @torch.inference_mode()
-    def _join(self) -> JointLinears | None:
-        """The linear layers with transposed weights, unless these copies are too large."""
-        layers = [m for m in self.model.modules() if type(m) is nn.Linear]
-        if self.dtype not in (torch.float32, torch.bfloat16) or 4 * sum(m.weight.numel() for m in layers) > MAX_BYTES:
-            return None
-        return JointLinears(joined_by_input(layers, lambda: self.prefill([0], self.new_cache(1))))
+    def joint(self, single: bool) -> JointLinears | None:
+        """The products of compiled passes over a single row or several, on a CPU, unless their copies are too large."""
+        if self._joints is None:
+            layers = [m for m in self.model.modules() if type(m) is nn.Linear and m.weight.dtype == self.dtype]
+            small = 4 * sum(m.weight.numel() for m in layers) <= MAX_BYTES
+            if self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16) and small:
+                self._joints = joined_by_input(layers, lambda: self.prefill([0], self.new_cache(1)))
+            else:
+                self._joints = []
+        way = fastest_way(self.dtype, single)
+        if self._joints and way not in self._joint:
+            self._joint[way] = JointLinears(self._joints, way)
+        return self._joint.get(way)
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Share out the decoder layers' weights over the processes of `mesh` (FSDP2), and move the rest to its device.

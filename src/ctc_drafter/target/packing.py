@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -134,127 +133,6 @@ def prefers_onednn(threads: int) -> bool:
 def filled(rows: int) -> int:
     """The next multiple of GRAIN."""
     return -(-rows // GRAIN) * GRAIN
-
-
-WAYS = "packed", "tiles", "transposed"
-
-
-class JointLinears(nn.Module):
-    """Linear layers of compiled passes, those that read the same input as one product in the fastest `way` here."""
-
-    def __init__(self, groups: Iterable[list[nn.Linear]]) -> None:
-        super().__init__()
-        self._groups = list(groups)
-        self._held: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None] = [None] * len(self._groups)
-        self._packed: dict[str, torch.Tensor] = {}
-        self.way = fastest_way({layer.weight.dtype for layers in self._groups for layer in layers})
-        """How products are made, so another program for each."""
-        for i, layers in enumerate(self._groups):
-            weights = [layer.weight.detach() for layer in layers]
-            together = torch.cat(weights) if len(weights) > 1 else weights[0]
-            kept = together.float().t().contiguous() if self.way == "transposed" else together
-            self.register_buffer(f"weight_{i}", kept, persistent=False)
-
-    def loaded(self) -> dict[str, torch.Tensor]:
-        """The buffers that a program is to read in place of those of the same names: packed ones, if `way` says so.
-
-        A program is exported with plain weights, since packed ones have no strides to trace.
-        """
-        if self.way == "packed" and not self._packed:
-            for name, weight in self.named_buffers():
-                self._packed[name] = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL)
-        return self._packed
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Meanwhile the layers' products are these."""
-        layers = [(layer, layer.__dict__.get("forward")) for group in self._groups for layer in group]
-        for i, group in enumerate(self._groups):
-            for part, layer in enumerate(group):
-                layer.forward = self._forward(i, part)  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            self._held = [None] * len(self._groups)
-            for layer, forward in layers:
-                if forward is None:
-                    del layer.__dict__["forward"]
-                else:
-                    layer.forward = forward  # type: ignore[method-assign]
-
-    def _forward(self, index: int, part: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        layers = self._groups[index]
-        bias = layers[part].bias
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            held = self._held[index]
-            if held is None or held[0] is not x:
-                product = self._product(x, getattr(self, f"weight_{index}"))
-                held = self._held[index] = x, product.split([layer.out_features for layer in layers], -1)
-            out = held[1][part]
-            return (out if bias is None else out + bias).to(x.dtype)
-
-        return forward
-
-    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self.way == "packed":
-            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-            return out
-        if self.way == "transposed":
-            return x.float() @ weight
-        if x.numel() > x.shape[-1]:
-            return x @ weight.t()
-        # A tile would stay empty but for one row; as a sum, the compiler makes one loop of it that reads the weight.
-        return (x.flatten().float() * weight.float()).sum(-1).view(*x.shape[:-1], -1)
-
-
-def fastest_way(dtypes: set[torch.dtype]) -> str:
-    """One of WAYS: the fastest products of compiled passes on this processor, measured by `benchmarks/products.py`.
-
-    - `packed`: by oneDNN, of weights packed for all row counts.
-    - `tiles`: in bfloat16, weights as they are, (out of all, in): nine rows take little longer than one.
-    - `transposed`: weights in float32, (in, out of all), so that MKL needs to rearrange nothing, whatever the number of
-      rows. A layer in bfloat16 is computed in float32 and rounded at its end, as bfloat16 products are too.
-    """
-    if dtypes == {torch.bfloat16} and has_tiles():
-        return "tiles"
-    if dtypes == {torch.bfloat16} and _multiplies_bfloat16():
-        return "packed"
-    if dtypes == {torch.float32} and prefers_onednn(torch.get_num_threads()):
-        return "packed"
-    return "transposed"
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, and torch makes use of them."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return supported is not None and bool(supported()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def has_tiles() -> bool:
-    """Whether the processor multiplies bfloat16 in tiles (AMX), and torch makes use of it."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def joined_by_input(layers: Iterable[nn.Linear], run: Callable[[], object]) -> list[list[nn.Linear]]:
-    """The layers that `run` calls, in groups of those that it calls with the same tensor; no layer twice."""
-    groups: dict[int, list[nn.Linear]] = {}
-    seen: list[torch.Tensor] = []  # kept, so that no other tensor has the same id
-
-    def note(layer: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0])
-        groups.setdefault(id(inputs[0]), []).append(layer)
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    calls = Counter(layer for group in groups.values() for layer in group)
-    once = ([layer for layer in group if calls[layer] == 1] for group in groups.values())
-    return [group for group in once if group]
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:

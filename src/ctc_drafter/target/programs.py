@@ -1,4 +1,4 @@
-"""Modules compiled ahead of time for one machine, kept on disk: a later process loads them in a moment.
+"""Modules and C++ compiled ahead of time for one machine, kept on disk: a later process loads them in a moment.
 
 A program holds code alone. Its weights stay where they are, in the modules of this process, so that the same program
 serves every model of the same shape, and the next process finds it by what it depends on: see `key_of`.
@@ -6,11 +6,14 @@ serves every model of the same shape, and the next process finds it by what it d
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import inspect
 import json
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,7 +25,8 @@ import transformers
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from .packing import JointLinears
+from ..environment import processor
+from .joint import JointLinears
 
 OPTIONS = {"aot_inductor.package_constants_in_so": False}
 MAX_KEPT = 64
@@ -79,6 +83,42 @@ def program(
         os.replace(made_at, path)
     _prune(path.parent)
     return Program(path, module, found=False)
+
+
+def library(source: Path, flags: Sequence[str], *, make: bool) -> ctypes.CDLL | None:
+    """What a C++ file compiles to, if it was compiled here before; with `make` it is compiled now, which takes seconds.
+
+    flags: for the compiler, after torch's own. Raises whatever torch raises where it cannot be compiled.
+    """
+    code = source.read_text(encoding="utf-8")
+    about = [torch.__version__, processor(), code, list(flags)]
+    path = folder() / f"{source.stem}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]}.so"
+    if _is_ours(path):
+        with contextlib.suppress(OSError):  # cut off: made again
+            return ctypes.CDLL(str(path))
+    if not make:
+        return None
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpp_builder import is_gcc
+
+    vectorized = ["-ftree-loop-vectorize"] if is_gcc() else []  # which torch switches off there
+    made: Any = CppCodeCache.load(code, extra_flags=(*flags, *vectorized))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        copy = Path(shutil.copy(made._name, Path(aside) / path.name))
+        copy.chmod(0o755)
+        os.replace(copy, path)
+    loaded: ctypes.CDLL = made
+    return loaded
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody else can have put the file there: it is loaded without being asked for."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
 
 
 def folder() -> Path:
