@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import about, add_common
+from common import about, add_common, ready_drafter
 from ctc_drafter.bench.measure import Contender, Result, measure
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.bench.suites import load_prompts
 from ctc_drafter.cli.options import plain_errors
-from ctc_drafter.drafters import Drafter, load_drafter
+from ctc_drafter.drafters import Drafter
 from ctc_drafter.pace import Pace
 from ctc_drafter.target import Target
 
@@ -36,7 +36,7 @@ def main() -> None:
     check_output(options.json, options.overwrite)
     prompts = load_prompts(options.prompts, options.limit)
     target = Target.load(options.target, dtype=options.dtype, device=options.device)
-    drafters = [load_drafter(name, target) for name in options.drafter]
+    drafters = [ready_drafter(name, target) for name in options.drafter]
     ways = [way for drafter in drafters for way in contenders(drafter, options.budgets)]
     turns = sum(len(prompt.turns) for prompt in prompts)
 

@@ -17,14 +17,14 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
-from common import about
+from common import about, ready_drafter
 from ctc_drafter.batch import Batch
 from ctc_drafter.bench.measure import first_gap, tau_of
 from ctc_drafter.bench.prompts import read_prompts
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
-from ctc_drafter.drafters import Drafter, NoDrafter, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter
 from ctc_drafter.target import Target
 from ctc_drafter.words import number
 
@@ -150,7 +150,7 @@ def main() -> None:
     results = {}
     for dtype in options.dtype:
         target = Target.load(options.target, dtype=dtype)
-        rows = measure(target, load_drafter(options.drafter, target), options)
+        rows = measure(target, ready_drafter(options.drafter, target), options)
         results[dtype] = {"totals": totals(rows, options.sizes), "rows": rows}
         for entry in results[dtype]["totals"]:
             said = (f"{mode} {entry[mode]['tokens_per_second']:.1f} ({entry[mode]['speedup']:.2f})" for mode in MODES)

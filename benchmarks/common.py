@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ctc_drafter.drafters import Drafter, load_drafter
 from ctc_drafter.environment import machine, versions
+from ctc_drafter.target import Target
 
 T = TypeVar("T")
 FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
@@ -24,6 +26,13 @@ FILES = ("mt_bench.jsonl", "gsm8k_test.jsonl", "humaneval.jsonl")
 def about() -> dict[str, Any]:
     """With what a result was made: the first keys of every result file."""
     return {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "versions": versions()}
+
+
+def ready_drafter(name: str | None, target: Target) -> Drafter:
+    """The drafter as `bench` and `serve` have it: its search compiled."""
+    drafter = load_drafter(name, target)
+    drafter.compile_search()
+    return drafter
 
 
 def command(*arguments: object, threads: int | None = None) -> None:

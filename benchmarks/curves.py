@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from common import about, add_common
+from common import about, add_common, ready_drafter
 from ctc_drafter.bench.results import check_output, write_json
 from ctc_drafter.bench.sheets import COLOURS, PHASE_COLOURS, STYLE
 from ctc_drafter.cli.options import plain_errors
 from ctc_drafter.decoding import generate
-from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes, load_drafter
+from ctc_drafter.drafters import Drafter, NoDrafter, compile_passes
 from ctc_drafter.steps import PHASES, Step
 from ctc_drafter.target import Target
 
@@ -109,7 +109,7 @@ def main() -> None:
     target = Target.load(options.target, dtype=options.dtype, device=options.device)
     target.max_context = max(target.max_context, options.longest + options.tokens + max(BUDGETS) + 1)
     target.stop_ids = frozenset()
-    drafter = load_drafter(options.drafter, target)
+    drafter = ready_drafter(options.drafter, target)
     if options.compile:
         print(f"compiled in {compile_passes(target, drafter, options.budget):.1f} s", flush=True)
     rows = measure(target, drafter, options)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import about, add_common, timed
+from common import about, add_common, ready_drafter, timed
 from ctc_drafter.bench.measure import Answer, peak_memory_mb, tau_of
 from ctc_drafter.bench.prompts import Prompt, read_prompts
 from ctc_drafter.bench.results import check_output, write_json
@@ -81,10 +81,10 @@ def contenders(options: argparse.Namespace) -> tuple[Target, dict[str, Run], flo
     if "compiled" in (options.only or ""):  # nothing else in memory
         return compiled_ways(options)
     target = Target.load(options.target, dtype=options.dtype, device=options.device)
-    model = as_loaded(target)
+    model, drafter = as_loaded(target), ready_drafter(options.drafter, target)
     runs = {
         "plain": of_loop(target, NoDrafter(), options),
-        "speculative": of_loop(target, load_drafter(options.drafter, target), options),
+        "speculative": of_loop(target, drafter, options),
         "generate": of_transformers(target, model, options),
         "generate, prompt lookup": of_transformers(target, model, options, prompt_lookup_num_tokens=options.lookup),
     }

@@ -34,7 +34,7 @@ class Recording:
 def test_the_step_that_is_captured_gives_what_score_gives(target: Target) -> None:
     """The function that programs are made of, over several passes of one cache and a second cache."""
     target.capture((1, -1))
-    step, record = Pass(target), Recording()
+    step, record = Pass(target, 5), Recording()
     run = Replayed(lambda arguments: list(step(*arguments)), changing=6, capture=record)
     tree = DraftTree.from_paths([[[5, 6, 7], [5, 8], [9]]], budget=5)
     for _ in range(2):

@@ -32,7 +32,8 @@ def test_a_position_costs_what_the_caches_hold(target: Target, drafter: Drafter)
     own = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * 4
     assert target.position_bytes == own
     layer = drafter.module.layers[0]
-    assert drafter.position_bytes == 2 * len(drafter.module.layers) * layer.kv_heads * layer.dim * 4
+    numbers = 2 * len(drafter.module.layers) * layer.kv_heads * layer.dim
+    assert drafter.position_bytes == numbers * drafter.dtype.itemsize
     assert NoDrafter().position_bytes == 0
 
 

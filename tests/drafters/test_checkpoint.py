@@ -53,7 +53,7 @@ def test_round_trip(config: dict[str, Any], target: Target, tmp_path: Path) -> N
     fresh.fit_vocabulary(torch.randint(0, 99, (target.vocab_size,)))
     fresh.save_pretrained(tmp_path / "d", {"note": 1})
     fresh.prepare()
-    loaded = load_drafter(str(tmp_path / "d"), target)
+    loaded = load_drafter(str(tmp_path / "d"), target, dtype="float32")
     assert isinstance(loaded, CTCDrafter) and loaded.name == "d"
     assert loaded.config == fresh.config and loaded.feature_layers == fresh.feature_layers
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())

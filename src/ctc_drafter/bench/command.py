@@ -72,6 +72,9 @@ def run_bench(
         taken = sum(compile_passes(target, c.drafter, c.budget, adaptive=adaptive) for c in contenders)
         about["compile_seconds"] = round(taken, 1)
         print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
+    else:
+        for drafter in loaded.values():
+            drafter.compile_search()
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
         results = measure(target, contenders, prompts, on_row=watch.on_row, on_skip=watch.on_skip, **options)
     about["parameters"] = target.num_parameters

@@ -125,6 +125,8 @@ def load_scheduler(open_target: Callable[[], Target], drafter: str | None, **set
     def load() -> Scheduler:
         target = open_target()
         drafters = {d.name: d for d in (load_drafter(drafter, target), load_drafter("none", target))}
+        for each in drafters.values():
+            each.compile_search()
         return Scheduler(target, drafters, adaptive=True, worker=worker, **settings)
 
     return worker.do(load).result()
@@ -165,6 +167,7 @@ def chat(
 
     loaded = load_target(target, how)
     chosen = load_drafter(drafter, loaded)
+    chosen.compile_search()
     conversation = Conversation(
         loaded,
         chosen,

@@ -62,16 +62,19 @@ def folder_argument(folder: str | Path) -> str:
     return f"./{folder}" if str(folder) in NAMES else str(folder)
 
 
-def load_drafter(name_or_path: str | None, target: Target) -> Drafter:
+def load_drafter(name_or_path: str | None, target: Target, dtype: str = "auto") -> Drafter:
     """A drafter for `target`: `none`, `lookup`, an embedded one (`ctc`, `paper`), or a checkpoint folder.
 
     NAME+lookup is any of these with lookup beside it, as in `ctc+lookup`, the default. A folder of such a name is
-    chosen by `./ctc`. Raises UserError if there is no such drafter, if it was made for another target, and for a plain
-    `ctc` where there is a folder of that name too.
+    chosen by `./ctc`.
+
+    dtype: in which it computes, as for `Target.load`; auto is the fastest beside the target, see `drafting_dtype`. It
+    changes guesses, never the text. Raises UserError if there is no such drafter, if it was made for another target,
+    and for a plain `ctc` where there is a folder of that name too.
     """
     if name_or_path:  # the default is ours wherever it is asked for
         _refuse_two_meanings(name_or_path.removesuffix(LOOKUP))
-    return _load(name_or_path or DEFAULT, target)
+    return _load(name_or_path or DEFAULT, target, dtype)
 
 
 def _folder(name: str) -> Path:
@@ -88,16 +91,16 @@ def _refuse_two_meanings(name: str) -> None:
         )
 
 
-def _load(name: str, target: Target) -> Drafter:
+def _load(name: str, target: Target, dtype: str) -> Drafter:
     if name.endswith(LOOKUP):
-        return HybridDrafter(_load(name.removesuffix(LOOKUP), target))
+        return HybridDrafter(_load(name.removesuffix(LOOKUP), target, dtype))
     kind = DRAFTERS.get(name)
     if kind is not None and not issubclass(kind, TrainableDrafter):
         return kind()
     folder = _folder(name)
     if not folder.is_dir():
         raise UserError(f"There is no drafter '{name}': give a checkpoint folder or one of {', '.join(NAMES)}.")
-    drafter = load_trainable(folder, target)
+    drafter = load_trainable(folder, target, dtype)
     drafter.name = name if name in EMBEDDED_DRAFTERS else folder.resolve().name
     return drafter
 

@@ -18,7 +18,9 @@ from ..errors import UserError
 from ..files import WEIGHTS, file_digest, write_folder
 from ..jsonl import read_object
 from ..target import Target
+from ..target.loading import resolve_dtype
 from ..tree import DraftTree
+from .dtypes import drafting_dtype, stored_dtype
 from .shell import build
 
 Registry = dict[str, type["Drafter"]]
@@ -161,6 +163,8 @@ class TrainableDrafter(Drafter):
     def __init__(self, config: Any, target: Target) -> None:
         super().__init__()
         self.config = config
+        self.dtype = target.dtype
+        """In which it computes; features and embeddings come in the target's."""
         # A plain list hides the borrowed modules from parameters() and state_dict().
         self._borrowed = [target]
         self.keep_tokens(getattr(config, "vocabulary", 0))
@@ -252,7 +256,12 @@ class TrainableDrafter(Drafter):
 
     def kept_head(self) -> torch.Tensor:
         """The target's LM head on the kept tokens: (K, hidden_size)."""
-        return self.target.head.weight[self.kept]
+        return self.target.head.weight[self.kept].to(self.dtype)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The target's embedding of tokens (...), (..., hidden_size)."""
+        embedded: torch.Tensor = self.target.embedding(tokens).to(self.dtype)
+        return embedded
 
     def check_weights(self) -> None:
         """Raise ValueError if a weight is not finite, or the kept tokens are not ascending tokens of the target."""
@@ -261,17 +270,8 @@ class TrainableDrafter(Drafter):
             raise ValueError(fault)
 
     def prepare(self) -> None:
-        """Called once after loading, on the target's device and dtype: derive inference-only tables."""
+        """Called once after loading, on the target's device: derive inference-only tables."""
         self._index_kept()
-
-
-def stored_dtype(weight: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """How `save_pretrained` writes a weight when asked for `dtype`."""
-    if dtype is None or not weight.is_floating_point():
-        return weight.dtype
-    if dtype == torch.float8_e4m3fn and (weight.ndim < 2 or min(weight.shape) < 16):
-        return torch.bfloat16  # norms, embeddings of slots, the blank: eight bits would save nothing there
-    return dtype
 
 
 def take_weights(folder: Path, drafter: TrainableDrafter) -> None:
@@ -342,8 +342,11 @@ def described(folder: Path, content: dict[str, Any]) -> tuple[Any, dict[str, Any
     return cls, fields
 
 
-def load_trainable(folder: Path, target: Target) -> Drafter:
-    """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target."""
+def load_trainable(folder: Path, target: Target, dtype: str = "auto") -> Drafter:
+    """Load a drafter folder for `target`. Raises UserError if it is damaged, unknown or made for another target.
+
+    dtype: in which it computes; auto: see `drafting_dtype`.
+    """
     cls, config, content = read_config(folder)
     _check_target(folder, content["speculators_config"]["verifier"], target)
     drafter = build(cls, config, target, folder)
@@ -358,7 +361,8 @@ def load_trainable(folder: Path, target: Target) -> Drafter:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"'{folder / WEIGHTS}' is damaged or does not fit its config: {reason}") from None
-    drafter = drafter.to(target.device, target.dtype).eval().requires_grad_(False)
+    drafter.dtype = drafting_dtype(target) if dtype == "auto" else resolve_dtype(dtype, target.device)
+    drafter = drafter.to(target.device, drafter.dtype).eval().requires_grad_(False)
     drafter.prepare()
     return drafter
 

@@ -48,7 +48,7 @@ class Draft(nn.Module):
         pairs = start + torch.arange(rows, device=device)
         own = start + count + queries
         with self.joint.used(), self.single.used():
-            read = module.read(features, self.embedding(tokens))
+            read = module.read(features, self.embedding(tokens).to(features.dtype))
             context, x = module.fused(read), module.ask(read[0].index_select(0, (count - 1)[None]))
             positions = torch.cat([pairs, own]) + 1
             cos, sin = module.cos[positions], module.sin[positions]
@@ -77,13 +77,14 @@ class CompiledDraft:
         self._slots = torch.empty(0, dtype=torch.long, device=target.device)
         made = Draft(drafter, linears)
         width = target.hidden_size * len(drafter.feature_layers)
-        self._features = torch.zeros(1, self.pairs, width, dtype=target.dtype, device=target.device)
+        self._features = torch.zeros(1, self.pairs, width, dtype=drafter.dtype, device=target.device)
         self._tokens = torch.zeros(1, self.pairs, dtype=torch.long, device=target.device)
         kind = type(drafter)
-        facts = (drafter.config.__dict__, str(target.dtype), str(target.device), target.vocab_size, len(module.cos))
+        dtypes = str(target.dtype), str(drafter.dtype)
+        facts = (drafter.config.__dict__, *dtypes, str(target.device), target.vocab_size, len(module.cos))
         ways = made.joint.way, made.single.way
         key = key_of([kind, *kind.__mro__[1:3], Draft, attention, norm, joint], kind.__name__, *facts, *ways)
-        module.start(STEP, target.embedding.weight)
+        drafter.start(STEP)
         arguments = self._arguments(module, self._features, self._tokens)
         free: Any = torch.export.Dim.DYNAMIC
         dynamic = [None] * 4 + [{0: free}] + [{2: free}] * (len(arguments) - 5)

@@ -248,7 +248,7 @@ class EagleDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
         """The root's predicted feature, (1, 1, width)."""
-        return self.module.append(self.module.pairs(features, self.target.embedding(next_tokens)))
+        return self.module.append(self.module.pairs(features.to(self.dtype), self.embed(next_tokens)))
 
     def tree(self, guess: torch.Tensor, budget: int) -> DraftTree:
         if budget == 0:
@@ -262,7 +262,7 @@ class EagleDrafter(TrainableDrafter):
         features, seen = (t.gather(1, parents[..., None].expand(-1, -1, t.shape[2])) for t in level[:2])
         own = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)[None]
         seen, depth = torch.cat([seen, own], 2), level.depth + 1
-        features = self.module.branch(self.module.pairs(features, self.target.embedding(tokens)), depth, seen)
+        features = self.module.branch(self.module.pairs(features, self.embed(tokens)), depth, seen)
         return self._log_probs(features), _Level(features, seen, depth)
 
     def _log_probs(self, features: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ class EagleDrafter(TrainableDrafter):
         The metric `expected_accepted` needs a roll-out, so it is given only where no gradient is taken.
         """
         wanted, positions = features[:, 1:], possible[:, :-1]
-        embedded, head = self.target.embedding(token_ids[:, 1:]), self.kept_head()
+        embedded, head = self.embed(token_ids[:, 1:]), self.kept_head()
         pairs = self.module.pairs(self._noisy(features[:, :-1], anchors), embedded)
         predicted = self.module(pairs)
         mine, theirs = predicted[positions], wanted[positions]
@@ -348,7 +348,7 @@ class EagleDrafter(TrainableDrafter):
         rows = self.place[labels.clamp_min(0)]
         lengths = ((labels != IGNORE) & (rows >= 0)).cumprod(-1).sum(-1)  # up to the first that cannot be drafted
         features = predicted.gather(1, anchors[..., None].expand(-1, -1, predicted.shape[2]))
-        along = self.module.follow(pairs, features, anchors, self.target.embedding(said)) if deep else [features]
+        along = self.module.follow(pairs, features, anchors, self.embed(said)) if deep else [features]
         log_probs = [
             F.linear(f, head).float().log_softmax(-1).gather(2, row[..., None].clamp_min(0))[..., 0]
             for f, row in zip(along, rows.unbind(2), strict=True)

@@ -94,7 +94,7 @@ class HydraDrafter(TrainableDrafter):
 
     def parts(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """features (..., width), the root and what follows it (..., k) -> head k's input (..., (k + 1) * width)."""
-        together = torch.cat([features[..., None, :], self.target.embedding(tokens)], -2)
+        together = torch.cat([features[..., None, :], self.embed(tokens)], -2)
         return F.rms_norm(together, together.shape[-1:], eps=1e-6).flatten(-2)
 
     # ------------------------------------------------------------ inference
@@ -108,7 +108,7 @@ class HydraDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
         """The first head's input at the root, (1, 1, 2 * width)."""
-        return self.parts(features[:, -1:], next_tokens[:, -1:, None])
+        return self.parts(features[:, -1:].to(self.dtype), next_tokens[:, -1:, None])
 
     def tree(self, guess: torch.Tensor, budget: int) -> DraftTree:
         if budget == 0:
@@ -119,7 +119,7 @@ class HydraDrafter(TrainableDrafter):
         ) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
             before, depth = state
             before = before.gather(1, parents[..., None].expand(-1, -1, before.shape[2]))
-            embedded = self.target.embedding(tokens)
+            embedded = self.embed(tokens)
             inputs = torch.cat([before, F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)], -1)
             return self._log_probs(inputs, depth), (inputs, depth + 1)
 

@@ -41,6 +41,7 @@ def shell(cls: Any, config: Any, verifier: dict[str, Any], folder: Path) -> Trai
     with _told(folder), torch.device("meta"):
         stand_in = SimpleNamespace(
             name=verifier.get("name_or_path"),
+            dtype=torch.float32,
             hidden_size=width,
             vocab_size=vocabulary,
             max_context=1,

@@ -134,7 +134,7 @@ class SlotDrafter(TrainableDrafter):
 
     def _context_key(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (...) -> what they say to the next slot, (..., rank)."""
-        embedded = self.target.embedding(tokens)
+        embedded = self.embed(tokens)
         return F.silu(self.context_down(F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6)))
 
     def _context_value(self) -> torch.Tensor:
@@ -188,7 +188,7 @@ class SlotDrafter(TrainableDrafter):
         return time.perf_counter() - began
 
     def start(self, capacity: int) -> None:
-        self.module.start(capacity, self.target.embedding.weight)
+        self.module.start(capacity, self._head[0].weight)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions in all where `start` said fewer; those that are there stay."""
@@ -200,11 +200,12 @@ class SlotDrafter(TrainableDrafter):
 
     def draft(self, features: torch.Tensor, next_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slot logits (1, N, K + 1) over kept tokens and blank (-inf where there is none), and the root (1, 1)."""
+        features = features.to(self.dtype)
         if self._compiled and next_tokens.shape[1] <= 3 * self._compiled[0].pairs:  # more take less time at once
             for part in zip(*(t.split(self._compiled[0].pairs, 1) for t in (features, next_tokens))):
                 logits = self._compiled[0](self.module, *part)
             return logits, next_tokens[:, -1:]
-        pairs = self.module.read(features, self.target.embedding(next_tokens))
+        pairs = self.module.read(features, self.embed(next_tokens))
         return self.slot_logits(self.module.step(pairs)), next_tokens[:, -1:]
 
     def draft_together(
@@ -213,7 +214,7 @@ class SlotDrafter(TrainableDrafter):
         features, tokens = (torch.cat(parts, 1) for parts in zip(*pairs))
         counts = [next_tokens.shape[1] for _, next_tokens in pairs]
         self._packed[0].prepare(len(twins) * self.config.slots, after=PATIENCE)
-        read = self.module.read(features, self.target.embedding(tokens))
+        read = self.module.read(features.to(self.dtype), self.embed(tokens))
         logits = self.slot_logits(self.module.together([twin.module for twin in twins], read, counts))
         return [(row, next_tokens[:, -1:]) for row, (_, next_tokens) in zip(logits.split(1), pairs)]
 
@@ -258,7 +259,7 @@ class SlotDrafter(TrainableDrafter):
         self, features: torch.Tensor, token_ids: torch.Tensor, anchors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots (B * A, N, width) at the anchors (B, A), and the root tokens (B * A,)."""
-        pairs = self.module.pairs(features[:, :-1], self.target.embedding(token_ids[:, 1:]))
+        pairs = self.module.pairs(features[:, :-1], self.embed(token_ids[:, 1:]))
         return self.module(pairs, anchors).flatten(0, 1), token_ids.gather(1, anchors + 1).flatten()
 
     def in_pieces(self, scores: Scores, slots: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:

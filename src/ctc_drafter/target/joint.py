@@ -106,13 +106,13 @@ def fastest_way(dtype: torch.dtype, single: bool) -> str:
     """
     fastest = "transposed"
     if dtype == torch.bfloat16:
-        fastest = "tiles" if has_tiles() else "packed" if _multiplies_bfloat16() else "transposed"
+        fastest = "tiles" if has_tiles() else "packed" if multiplies_bfloat16() else "transposed"
     elif dtype == torch.float32 and prefers_onednn(torch.get_num_threads()):
         fastest = "packed"
     return "loops" if single and fastest != "transposed" else fastest
 
 
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16, and torch makes use of them."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and bool(supported()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

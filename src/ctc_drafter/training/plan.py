@@ -7,7 +7,7 @@ import time
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..drafters.base import stored_dtype
+from ..drafters.dtypes import stored_dtype
 from ..words import byte_size, duration
 from .loop import Setup, Training
 from .problems import batch_of
