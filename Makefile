@@ -115,7 +115,7 @@ FILES := $(foreach name,mt_bench gsm8k_test humaneval,$(EVAL)/$(name).jsonl)
 RESULTS := benchmarks/results
 engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --compile --compiled-budget 7 --memory --dtype float32 --json $(RESULTS)/engine-float32.json --overwrite
-	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --compile --compiled-budget 15 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
+	$(BIN)/python benchmarks/engine.py --prompts $(FILES) --limit 4 --compile --compiled-budget 11 --memory --early-exit 0 --dtype bfloat16 --json $(RESULTS)/engine-bfloat16.json --overwrite
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,5 7 9 11 15,--budget $(budget)) --compile --dtype float32 --json $(RESULTS)/compiled-float32.json
 	$(BIN)/ctc-drafter bench $(SUITE) --limit 4 $(BOTH) $(foreach budget,7 11 15 23,--budget $(budget)) --compile --dtype bfloat16 --json $(RESULTS)/compiled-bfloat16.json
 	$(PIP) 'torchao>=0.18'

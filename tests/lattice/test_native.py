@@ -92,3 +92,19 @@ def test_large_biases_are_bounded(search):
     for scale in (30.0, 1e4):
         context = LabelContext(keys * scale, values * scale, root * scale)
         search(logits, 30, 12, context=context).check()
+
+
+def test_found_by_whoever_comes_later_unless_others_could_have_put_it_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert library(SOURCE, FLAGS, make=False) is None
+    library(SOURCE, FLAGS, make=True)
+    [path] = tmp_path.rglob("search-*.so")
+    path.write_bytes(path.read_bytes()[:100])  # cut off, before it was ever loaded from there
+    assert library(SOURCE, FLAGS, make=False) is None
+    library(SOURCE, FLAGS, make=True)
+    path.chmod(0o777)
+    assert library(SOURCE, FLAGS, make=False) is None
+    path.chmod(0o755)
+    found = NativeSearch(library(SOURCE, FLAGS, make=False))
+    logits, options = case("plain", 0)
+    assert_same_tree(found(logits, 9, 4, **options), best_first_of_slots(logits, 9, 4, **options))

@@ -93,7 +93,9 @@ class JointLinears(nn.Module):
 
 
 def fastest_way(dtype: torch.dtype, single: bool) -> str:
-    """One of WAYS: the fastest products of compiled passes on this processor, measured by `benchmarks/products.py`.
+    """How the products of compiled passes are made on this processor: the fastest way of these.
+
+    Measured by `benchmarks/products.py`; loops by `benchmarks/curves.py --compile`, since only a compiler makes them.
 
     dtype: of the weights; single: for passes over a single row.
 

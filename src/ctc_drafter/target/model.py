@@ -328,10 +328,12 @@ class Target:
                 self._joints = joined_by_input(layers, lambda: self.prefill([0], self.new_cache(1)))
             else:
                 self._joints = []
+        if not self._joints:
+            return None
         way = fastest_way(self.dtype, single)
-        if self._joints and way not in self._joint:
+        if way not in self._joint:
             self._joint[way] = JointLinears(self._joints, way)
-        return self._joint.get(way)
+        return self._joint[way]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Share out the decoder layers' weights over the processes of `mesh` (FSDP2), and move the rest to its device.
