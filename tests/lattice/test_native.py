@@ -94,6 +94,18 @@ def test_large_biases_are_bounded(search):
         search(logits, 30, 12, context=context).check()
 
 
+def test_what_does_not_fit_is_refused(search):
+    logits, options = case("context", 0)
+    keys, values, root = options["context"]
+    with pytest.raises(ValueError, match="pool size"):
+        search(logits, 41, 5)
+    with pytest.raises(ValueError, match="ids"):
+        search(logits, 40, 5, ids=torch.arange(39))
+    for context in ((keys[1:], values, root), (keys, values.double(), root), (keys[:, 1:], values, root)):
+        with pytest.raises(ValueError, match="context"):
+            search(logits, 40, 5, context=LabelContext(*context))
+
+
 def test_found_by_whoever_comes_later_unless_others_could_have_put_it_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     assert library(SOURCE, FLAGS, make=False) is None

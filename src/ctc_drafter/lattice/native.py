@@ -39,7 +39,11 @@ class NativeSearch:
         merge: bool = False,
         ids: Tensor | None = None,
     ) -> DraftTree:
-        """The tree for slot_logits (1, N, V+1) on the host, blank last, see `best_first_of_slots`."""
+        """The tree for slot_logits (1, N, V+1) on the host, blank last, see `best_first_of_slots`.
+
+        Raises ValueError if the size is not within 1..V, or tables do not fit.
+        """
+        _check(slot_logits.shape[2] - 1, size, context, ids)
         probs = slot_logits[0].softmax(-1, dtype=torch.float32)
         nodes, log_probs = torch.empty(3, 1, budget, dtype=torch.long), torch.empty(1, budget)
         keys = root = values = None
@@ -60,6 +64,20 @@ class NativeSearch:
             return best_first_of_slots(slot_logits, size, budget, max_depth, context, merge, ids)
         tokens, parents, depths = nodes
         return DraftTree(tokens, parents, depths, log_probs)
+
+
+def _check(vocabulary: int, size: int, context: LabelContext | None, ids: Tensor | None) -> None:
+    """Of what machine code reads unchecked."""
+    if not 1 <= size <= vocabulary:
+        raise ValueError(f"pool size must be within 1..{vocabulary}, got {size}")
+    if ids is not None and (ids.dtype != torch.long or len(ids) != vocabulary or not ids.is_contiguous()):
+        raise ValueError(f"ids must be {vocabulary} contiguous integers")
+    if context is not None:
+        keys, values, root = context
+        rank = root.shape[1]
+        fits = keys.shape == (vocabulary, rank) and values.shape == (vocabulary + 1, rank)
+        if not fits or any(t.dtype != torch.float32 for t in context):
+            raise ValueError("a context needs float32 keys (V, r), values (V+1, r) and root (1, r)")
 
 
 def _address(table: Tensor | None) -> int | None:

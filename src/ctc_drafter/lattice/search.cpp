@@ -1,8 +1,9 @@
 // The search of `best_first.py` for one sequence, in C++: the same tree but for rounding, without Python between two
-// nodes. Compiled with the passes of target and drafter (`native.py`), and never without being asked for.
+// nodes. `native.py` checks what is passed.
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -124,9 +125,10 @@ std::vector<int64_t> likeliest(const float* probs, int64_t slots, int64_t width,
 
 }  // namespace
 
-// every (N, V + 1): slot probabilities, the blank's last; keys (V, r), root_key (r,) and values (V + 1, r), or null; `size` tokens in the pool;
-// ids (V,): the token of each class, or null. Fills nodes (3, budget) with tokens, parents and depths, and log_probs (budget,); returns how many nodes are real.
-// The others are padding. Returns -1 if the probabilities are not numbers.
+// every (N, V + 1): slot probabilities, the blank's last; keys (V, r), root_key (r,) and values (V + 1, r), or null;
+// `size` tokens in the pool; ids (V,): the token of each class, or null.
+// Fills nodes (3, budget) with tokens, parents and depths, and log_probs (budget,). Returns how many nodes are real, the
+// others being padding; or -1 if the probabilities are not numbers.
 extern "C" int64_t ctc_drafter_best_first(
     const float* every, int64_t slots, int64_t width, int64_t size, int64_t budget, int64_t levels, int64_t merge,
     const float* keys, const float* root_key, const float* values, int64_t rank, const int64_t* ids, int64_t* nodes,
