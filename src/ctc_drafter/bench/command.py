@@ -68,13 +68,10 @@ def run_bench(
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": str(target.device),
     }
+    for drafter in loaded.values():
+        drafter.compile_search()
     if compile:
-        taken = sum(compile_passes(target, c.drafter, c.budget, adaptive=adaptive) for c in contenders)
-        about["compile_seconds"] = round(taken, 1)
-        print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
-    else:
-        for drafter in loaded.values():
-            drafter.compile_search()
+        about["compile_seconds"] = _compile(target, contenders, adaptive)
     with _Watch(contenders, sum(len(prompt.turns) for prompt in prompts)) as watch:
         results = measure(target, contenders, prompts, on_row=watch.on_row, on_skip=watch.on_skip, **options)
     about["parameters"] = target.num_parameters
@@ -89,6 +86,13 @@ def run_bench(
         print(f"Result: {path}")
     if not all(result.complete for result in results):
         raise KeyboardInterrupt
+
+
+def _compile(target: Target, contenders: Sequence[Contender], adaptive: bool) -> float:
+    """Compile the passes of each; the seconds that it took."""
+    taken = sum(compile_passes(target, c.drafter, c.budget, adaptive=adaptive) for c in contenders)
+    print(f"compiled in {number(taken, 1)} s", file=sys.stderr)
+    return round(taken, 1)
 
 
 class _Watch:
