@@ -140,7 +140,7 @@ def test_the_drafters_pass_gives_the_eager_numbers(dtype: str, way: str, monkeyp
     """For every number of new pairs that a pass may bring, in any order, for the drafter and for a twin of it."""
     choose_way(monkeypatch, way)
     target = Target.load(dtype=dtype, device="cpu")
-    eager, compiled = load_drafter("ctc", target), load_drafter("ctc", target)
+    eager, compiled = load_drafter("ctc", target, dtype=dtype), load_drafter("ctc", target, dtype=dtype)
     assert compiled.compile_draft() > 0
     assert compiled.compile_draft() == 0  # there already
     generator = torch.Generator().manual_seed(0)
