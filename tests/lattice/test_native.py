@@ -61,6 +61,12 @@ def test_other_dtypes_and_named_classes(search, dtype):
         assert_same_tree(search(logits, 40, 9, ids=ids, **options), want)
 
 
+def test_logits_in_any_layout(search):
+    logits, options = case("context", 2)
+    turned = logits.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same_tree(search(turned, 30, 12, **options), search(logits, 30, 12, **options))
+
+
 def test_slots_without_a_blank(search):
     for seed in range(20):
         logits, options = case("context", seed)

@@ -44,7 +44,7 @@ class NativeSearch:
         Raises ValueError if the size is not within 1..V, or tables do not fit.
         """
         _check(slot_logits.shape[2] - 1, size, context, ids)
-        probs = slot_logits[0].softmax(-1, dtype=torch.float32)
+        probs = slot_logits[0].softmax(-1, dtype=torch.float32).contiguous()
         nodes, log_probs = torch.empty(3, 1, budget, dtype=torch.long), torch.empty(1, budget)
         keys = root = values = None
         if context is not None:

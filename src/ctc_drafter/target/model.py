@@ -78,7 +78,7 @@ class Target:
         """`int8` or `int4`, if the weights are."""
         self._probe: list[float] | None = None  # of the weights before they were quantized or shared out
         self._joints: list[Joint] | None = None
-        self._joint: dict[str, JointLinears] = {}
+        self._joint_by_way: dict[str, JointLinears] = {}
 
     @cached_property
     @torch.inference_mode()
@@ -331,9 +331,9 @@ class Target:
         if not self._joints:
             return None
         way = fastest_way(self.dtype, single)
-        if way not in self._joint:
-            self._joint[way] = JointLinears(self._joints, way)
-        return self._joint[way]
+        if way not in self._joint_by_way:
+            self._joint_by_way[way] = JointLinears(self._joints, way)
+        return self._joint_by_way[way]
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Share out the decoder layers' weights over the processes of `mesh` (FSDP2), and move the rest to its device.
